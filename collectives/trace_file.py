@@ -1,0 +1,48 @@
+"""A Trace as a JSON file, and back."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from .trace import FORMAT_VERSION, Alloc, Call, Collective, Free, Kernel, Op, Phase, Ref, Synchronize, Trace, Wait
+
+OPS: dict[str, type[Op]] = {kind.__name__: kind for kind in (Kernel, Collective, Wait, Synchronize, Alloc, Free)}
+
+
+def dumps(trace: Trace) -> str:
+    """The trace as one JSON object; an op is its class's name and its fields."""
+    segments = [[{"op": type(op).__name__, **asdict(op)} for op in segment] for segment in trace.segments]
+    return json.dumps({**asdict(trace), "segments": segments})
+
+
+def loads(text: str) -> Trace:
+    """The trace that `dumps` wrote.
+
+    Raises:
+        ValueError: not a trace, or one of a version that this program does not know.
+    """
+    try:
+        data = json.loads(text)
+        version = data["version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"version = {version!r} of the trace; this program reads version {FORMAT_VERSION}")
+        return Trace(
+            world=data["world"],
+            blocks=data["blocks"],
+            segments=tuple(tuple(_op(op) for op in segment) for segment in data["segments"]),
+            phases=tuple(
+                Phase(phase["name"], phase["step"], tuple(Call(*call) for call in phase["calls"]), phase["repeat"])
+                for phase in data["phases"]
+            ),
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a trace: {error!r}") from None
+
+
+def _op(data: dict[str, Any]) -> Op:
+    fields = {name: value for name, value in data.items() if name != "op"}
+    if "ref" in fields:
+        fields["ref"] = Ref(*fields["ref"])
+    if "shape" in fields:
+        fields["shape"] = tuple(fields["shape"])
+    return OPS[data["op"]](**fields)
