@@ -1,0 +1,33 @@
+"""Performs: trains a model in parallel on CPU, CUDA, or the simulated device.
+
+engine          initialize(), Engine: forward, backward, step
+config          DeepSpeed's JSON, read into frozen values
+partition       which parameters travel together
+unit            a flat unit: its buffers and the moves between them
+zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
+optimizer       torch optimizers on shards, clipping
+communicator    the door to the network: handles, ledger; NCCL and single-rank versions
+gloo            plays our programs on CPU ranks in a progress thread, with timeouts
+wire            bytes the kernel says were written
+device          which communicator serves which device
+world           a persistent world of ranks on this machine
+observer        what the engine tells whoever watches
+sim_device      the `sim` device: registration, fused attention
+operators       FLOPs and bytes of an operator
+recorder        writes a Trace of what a flight does
+flight          flies a training step on `sim`: a model and the recorder in a world of any size
+pilot           sends flights to the child process that has the `sim` device; this side has no torch
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {"initialize": "engine", "Engine": "engine", "World": "world", "CommunicationError": "communicator"}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,173 @@
+"""The one door from the engine to the network: typed methods, async handles, a ledger, and no wait without an end.
+
+`GlooCommunicator` (engine/gloo.py) plays our own programs over sockets, `NativeCommunicator` here calls NCCL, and
+`SimCommunicator` (engine/flight.py) only writes down what would be sent. All of them work in place on a flat buffer cut
+in as many equal chunks as there are ranks; chunk r belongs to rank r.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .observer import SILENT, Observer
+
+DTYPE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+class CommunicationError(RuntimeError):
+    """A collective that failed or timed out. The message names it, the ranks that wait and those that are silent."""
+
+
+class Entry(NamedTuple):
+    """One kind of call in the ledger. `algorithm` is "ring" where our program was played, else "native"."""
+
+    kind: str
+    axis: str
+    elements: int
+    dtype: str
+    algorithm: str
+    scalar: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.elements} {self.dtype} on axis {self.axis!r} ({self.algorithm})"
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Block until the buffer may be used. On CUDA it is the current stream that waits, not the host."""
+
+
+class Done:
+    """The handle of a collective with nothing to do."""
+
+    def wait(self) -> None:
+        pass
+
+
+DONE = Done()
+
+
+class Communicator(ABC):
+    """What the engine may ask of a group of ranks.
+
+    Attributes:
+        axis: the mesh axis that the group spans.
+        rank, world: this rank's number in the group, and the group's size.
+        ledger: how often each kind of collective was started.
+    """
+
+    observer: Observer = SILENT
+
+    def __init__(self, axis: str, rank: int, world: int) -> None:
+        self.axis, self.rank, self.world = axis, rank, world
+        self.ledger: Counter[Entry] = Counter()
+
+    def all_reduce(self, buffer: Tensor, label: str, *, largest: bool = False, scalar: bool = False) -> Handle:
+        """Sum (or, with `largest`, maximum) of every rank's `buffer` [n], on every rank."""
+        return self._start("all_reduce", buffer, label, largest=largest, scalar=scalar)
+
+    def reduce_scatter(self, buffer: Tensor, label: str) -> Handle:
+        """Sum of every rank's `buffer` [n], n a multiple of the world: rank r gets chunk r, the rest is overwritten."""
+        return self._start("reduce_scatter", buffer, label)
+
+    def all_gather(self, buffer: Tensor, label: str) -> Handle:
+        """Chunk r of `buffer` [n] goes from rank r to every rank."""
+        return self._start("all_gather", buffer, label)
+
+    def _start(self, kind: str, buffer: Tensor, label: str, *, largest: bool = False, scalar: bool = False) -> Handle:
+        if self.world == 1:
+            return DONE
+        algorithm = self.algorithm(kind, buffer.numel() * buffer.element_size(), largest)
+        entry = Entry(kind, self.axis, buffer.numel(), DTYPE_NAMES[buffer.dtype], algorithm, scalar)
+        self.ledger[entry] += 1
+        return self.perform(entry, buffer, label, largest)
+
+    def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
+        """Name of the algorithm that `perform` is to use."""
+        return "native"
+
+    @abstractmethod
+    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+        """Start the collective that `entry` describes."""
+
+    @abstractmethod
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Rank 0's values to every rank, once, before training."""
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to give back)
+        """Give back threads; nothing may be under way."""
+
+    def release_buffers(self) -> None:  # noqa: B027
+        """Drop scratch memory; it comes back when it is next needed."""
+
+
+class SoloCommunicator(Communicator):
+    """A group of one: nothing to do."""
+
+    def __init__(self, axis: str = "data") -> None:
+        super().__init__(axis, rank=0, world=1)
+
+    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+        return DONE
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        pass
+
+
+class NativeCommunicator(Communicator):
+    """The backend's own collectives, with the group's own time limit: NCCL on CUDA."""
+
+    def __init__(self, axis: str, group: dist.ProcessGroup) -> None:
+        super().__init__(axis, group.rank(), group.size())
+        self.group = group
+
+    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+        return NativeHandle(native_collective(self.group, entry.kind, buffer, largest), entry)
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            native_collective(self.group, "broadcast", tensor, largest=False).wait()
+
+
+class NativeHandle:
+    def __init__(self, work: dist.Work, entry: Entry) -> None:
+        self.work, self.entry = work, entry
+
+    def wait(self) -> None:
+        try:
+            # Without a time: NCCL would block the host to measure it. The group has its own limit, and a watchdog.
+            self.work.wait()
+        except RuntimeError as error:
+            raise CommunicationError(f"{self.entry} failed: {error}") from None
+
+
+def native_collective(group: dist.ProcessGroup, kind: str, buffer: Tensor, largest: bool) -> dist.Work:
+    """Start the backend's own version of a collective, in place on `buffer` [n].
+
+    The only calls of c10d collectives: torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor`.
+    """
+    if kind == "broadcast":
+        return group.broadcast([buffer], dist.BroadcastOptions())
+    if kind == "all_reduce":
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        return group.allreduce([buffer], options)
+    mine = buffer.view(group.size(), -1)[group.rank()]
+    if kind == "reduce_scatter":
+        return group._reduce_scatter_base(mine, buffer, dist.ReduceScatterOptions())
+    return group._allgather_base(buffer, mine)

@@ -1,0 +1,59 @@
+"""Facts about devices: which communicator serves which. Every `if cuda` of the engine lives here."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
+
+from .communicator import Communicator, NativeCommunicator, SoloCommunicator
+from .gloo import GlooCommunicator
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's dtype by the name of a precision; "as is" is left out because it changes nothing."""
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model is.
+
+    Raises:
+        ValueError: it has no parameters, or they are on several devices.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if not devices:
+        raise ValueError("the model has no parameters: there is nothing to train")
+    if len(devices) > 1:
+        raise ValueError(f"the model is on several devices: {', '.join(sorted(map(str, devices)))}; move it to one")
+    return devices.pop()
+
+
+def communicator_for(device: torch.device, timeout_s: float) -> Communicator:
+    """A communicator over all data-parallel ranks for a model on `device`.
+
+    Joins the process group that torchrun or a World describes, unless the process is in one already; a process that
+    nobody launched is a group of one.
+
+    Raises:
+        ValueError: a device that no communicator serves.
+    """
+    if device.type == "sim":
+        from .flight import current_communicator
+
+        return current_communicator()
+    if device.type not in BACKENDS:
+        raise ValueError(f"device {device.type!r}; allowed: {', '.join(BACKENDS)}, or sim inside a flight")
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            return SoloCommunicator()
+        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=timeout_s))
+    group = dist.group.WORLD
+    assert group is not None
+    if group.size() == 1:
+        return SoloCommunicator()
+    if device.type == "cuda":
+        return NativeCommunicator("data", group)
+    return GlooCommunicator("data", group, _get_default_store(), timeout_s)

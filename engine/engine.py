@@ -1,0 +1,194 @@
+"""`initialize` and the engine: forward, backward, step, on any device."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from .communicator import Communicator
+from .config import Config
+from .device import DTYPES, communicator_for, model_device
+from .optimizer import ShardedOptimizer, unsharded
+from .partition import partition
+from .unit import FlatUnit
+from .zero import ZeroRuntime
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+def initialize(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | Path | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    args: Any = None,
+    lr_scheduler: SchedulerFactory | None = None,
+    units: Iterable[nn.Module] | None = None,
+    timeout_s: float = 600.0,
+) -> "tuple[Engine, ShardedOptimizer, DataLoader | None, Any]":
+    """Make a model trainable in parallel; the call that a DeepSpeed script makes.
+
+    Args:
+        model: any module; its parameters stay the same objects, their memory moves into flat units.
+        config: DeepSpeed's JSON as a dict or a path (the keys of engine/config.py).
+        optimizer: made on the model's parameters, or a function of them; else the config's `optimizer` section.
+        model_parameters: parameters or parameter groups for the configured optimizer; else all trainable ones.
+        training_data: a dataset for a loader of this rank's micro-batches, joined by `collate_fn`.
+        args: parsed command-line arguments, whose `deepspeed_config` is the config's path if no other is given.
+        lr_scheduler: a function of the sharded optimizer that returns a torch scheduler; `engine.step` steps it.
+        units: modules whose parameters travel together; else the repeated blocks of the model.
+        timeout_s: how long a rank waits for the others in one collective.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler); the last two are None where nothing was given.
+
+    Raises:
+        ValueError: the config or the optimizer does not fit; the message names the key.
+    """
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise ValueError("lr_scheduler must be a function of the optimizer, because the sharded one is made here")
+    communicator = communicator_for(model_device(model), timeout_s)
+    settings = Config.read(getattr(args, "deepspeed_config", None) if config is None else config, communicator.world)
+    pattern = _pattern(model, settings, optimizer, model_parameters)
+    engine = Engine(model, settings, communicator, pattern, units)
+    scheduler = lr_scheduler(engine.optimizer) if lr_scheduler is not None else None
+    engine.lr_scheduler = scheduler
+    return engine, engine.optimizer, _loader(training_data, collate_fn, settings, communicator), scheduler
+
+
+def _pattern(
+    model: nn.Module, settings: Config, optimizer: Any, parameters: Iterable[Any] | None
+) -> torch.optim.Optimizer:
+    """An optimizer on the whole parameters, whose class, groups and values the sharded one takes over."""
+    trainable = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    return optimizer(trainable) if optimizer is not None else unsharded(trainable, settings.optimizer)
+
+
+def _loader(
+    data: Dataset | None, collate: Callable[[list[Any]], Any] | None, settings: Config, communicator: Communicator
+) -> DataLoader | None:
+    if data is None:
+        return None
+    sampler: DistributedSampler = DistributedSampler(
+        data, num_replicas=communicator.world, rank=communicator.rank, seed=settings.seed
+    )
+    return DataLoader(data, batch_size=settings.micro_batch, sampler=sampler, drop_last=True, collate_fn=collate)
+
+
+def _narrow_buffers(model: nn.Module, settings: Config) -> None:
+    """Floating-point buffers follow the parameters' precision; else they would widen what they meet."""
+    if settings.precision not in DTYPES:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(DTYPES[settings.precision])
+
+
+class Engine(nn.Module):
+    """A model in training: `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`.
+
+    Every `backward` is a micro-step and is followed by `step`, which steps the optimizer at the last of
+    `gradient_accumulation_steps` and does nothing before.
+
+    Attributes:
+        module: the user's model.
+        optimizer: its ShardedOptimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Config,
+        communicator: Communicator,
+        pattern: torch.optim.Optimizer,
+        units: Iterable[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module, self.settings, self.communicator = model, settings, communicator
+        self.global_steps = 0
+        self.lr_scheduler: Any = None
+        blocks, parts = partition(model, pattern.param_groups, units)
+        flat = []
+        for part in parts:
+            communicator.observer.enter("initialize", part.block)
+            dtype = DTYPES.get(settings.precision, part.dtype)
+            unit = FlatUnit(part, settings.zero, communicator, dtype, communicator.observer)
+            communicator.broadcast([unit.full])
+            unit.take_shard()
+            flat.append(unit)
+        communicator.observer.enter("initialize.end", -1)
+        with communicator.observer.category("buffers"):
+            _narrow_buffers(model, settings)
+        communicator.broadcast(list(model.buffers()))
+        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation)
+        self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, loss_scale=settings.loss_scale)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.module(*arguments, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-step. The mean over ranks and micro-steps is taken as gradients arrive, not here."""
+        if self.settings.loss_scale != 1.0:
+            loss = loss * self.settings.loss_scale
+        loss.backward()
+
+    def step(self) -> None:
+        """Step the optimizer and the schedule if this was the last micro-step.
+
+        New parameters travel between ranks until the next forward, or `state_dict`, or `settle` waits for them.
+        """
+        if self.runtime.micro_step == 0:
+            raise RuntimeError("engine.step() without a backward before it: nothing has been accumulated")
+        if self.runtime.micro_step < self.settings.accumulation:
+            return
+        self.optimizer.step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.global_steps += 1
+
+    def settle(self) -> None:
+        """Wait until the parameters of the last step are here, before reading them directly."""
+        self.runtime.settle()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-step under way is the last one before the optimizer steps."""
+        return self.runtime.at_boundary
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.settings.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.settings.accumulation
+
+    def zero_optimization_stage(self) -> int:
+        return self.settings.zero.stage
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping; None where nothing is clipped."""
+        norm = self.optimizer.gradient_norm
+        return None if norm is None else float(norm)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter whole, by name, on the host. All ranks must call it."""
+        return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's parameters and persistent buffers, whole, by the model's own names. All ranks must call it.
+
+        (`state_dict` of a model whose parameters are sharded shows NaN where values are not here.)
+        """
+        shown = {name: value.cpu().clone() for name, value in self.module.state_dict().items()}
+        return shown | self.full_parameters()
+
+    def close(self) -> None:
+        """End the communicator's thread; the parameters stay as they are."""
+        self.settle()
+        self.communicator.close()

@@ -1,0 +1,137 @@
+"""Flies a training step on the `sim` device: the same `initialize`, forward, backward and step, in a world of any size.
+
+This process stands for rank 0 of that world. It runs in the pilot's child process (engine/pilot.py).
+"""
+
+import importlib
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..collectives.trace import Collective, Trace
+from .communicator import Communicator, Entry, Handle
+from .engine import initialize
+from .partition import repeated_blocks
+from .pilot import Plan
+from .recorder import Address, Recorder
+from .sim_device import register
+
+
+class SimCommunicator(Communicator):
+    """Writes down what would be sent."""
+
+    def __init__(self, axis: str, world: int, recorder: Recorder) -> None:
+        super().__init__(axis, rank=0, world=world)
+        self.observer = self.recorder = recorder
+
+    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+        what = label.partition(" of ")[0]  # without the block, which a repeated segment cannot name
+        op = Collective(entry.kind, entry.axis, entry.elements, entry.dtype, None, what, entry.scalar)
+        return _SimHandle(self.recorder, self.recorder.collective(op))
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Happens before training, which is not priced."""
+
+
+class _SimHandle:
+    def __init__(self, recorder: Recorder, started: Address) -> None:
+        self.recorder, self.started = recorder, started
+
+    def wait(self) -> None:
+        self.recorder.wait(self.started)
+
+
+_communicator: ContextVar[SimCommunicator] = ContextVar("communicator")
+
+
+def current_communicator() -> SimCommunicator:
+    """The communicator of the flight under way.
+
+    Raises:
+        ValueError: no flight is under way.
+    """
+    try:
+        return _communicator.get()
+    except LookupError:
+        raise ValueError("device 'sim' exists inside a flight only: use windtunnel.simulate") from None
+
+
+def fly(plan: Plan) -> Trace:
+    """Fly `plan` in this process, which becomes one with a `sim` device.
+
+    Raises:
+        ValueError: the plan's factory cannot be found, or the config does not fit.
+    """
+    register()
+    factory = _find(plan.factory)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("sim"):
+            model, make_batch = factory(**plan.arguments)
+        recorder = Recorder({"data": plan.world})
+        recorder.blocks = len(repeated_blocks(model))
+        token = _communicator.set(SimCommunicator("data", plan.world, recorder))
+        try:
+            with recorder.watching():
+                return _train(model, make_batch, plan, recorder)
+        finally:
+            _communicator.reset(token)
+
+
+def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, recorder: Recorder) -> Trace:
+    """The trace of two steps: the second one is the steady one."""
+    flown = min(plan.micro_steps, 3)
+    config = {**plan.config, "gradient_accumulation_steps": flown}
+    engine, *_ = initialize(model, config)
+    for step in (1, 2):
+        for micro_step in range(flown):
+            recorder.phase(_micro_step_name(micro_step, flown), step)
+            recorder.enter("input", -1)
+            with torch.device("sim"):
+                batch = make_batch()
+            loss = engine(*batch)
+            engine.backward(loss)
+            del loss, batch
+            if micro_step == flown - 1:
+                recorder.phase("update", step)
+            engine.step()
+    return recorder.trace()  # here, where the engine and its memory are still alive
+
+
+def _micro_step_name(number: int, of: int) -> str:
+    return "micro-step last" if number == of - 1 else "micro-step first" if number == 0 else "micro-step middle"
+
+
+def _find(path: str) -> Callable[..., Any]:
+    """The function that "module:function" names; the current folder counts as a place for modules."""
+    module_name, _, function_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r}: no such MODULE:FUNCTION: {error}") from None
+    return function
+
+
+def serve(requests_fd: int, answers_fd: int) -> None:
+    """The child's loop: plans in, traces or errors out, until the parent hangs up."""
+    torch.set_num_threads(1)
+    requests, answers = Connection(requests_fd, writable=False), Connection(answers_fd, readable=False)
+    while True:
+        try:
+            plan = requests.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[bool, Any] = (True, fly(plan))
+        except Exception as error:
+            answer = (False, (type(error).__name__, str(error).strip() or repr(error)))
+        answers.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))

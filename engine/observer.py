@@ -1,0 +1,37 @@
+"""What the engine tells whoever watches it. Nobody does, unless the engine flies on the `sim` device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class Observer:
+    """Ignores everything; the recorder overrides it.
+
+    The dispatcher shows a recorder each operator, but neither where in the step the engine is, nor that a storage was
+    resized, nor what a storage is for.
+    """
+
+    def enter(self, key: str, block: int) -> None:
+        """From here on the program is in segment `key` of block `block` (see collectives/trace.py)."""
+
+    def phase(self, name: str, step: int) -> None:
+        """From here on the program is in phase `name` of training step `step`."""
+
+    def synchronized(self) -> None:
+        """The program reads a value from the device, and so waits for it."""
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """Storages made inside belong to category `name` of collectives/trace.py."""
+        yield
+
+    def released(self, tensor: Tensor) -> None:
+        """The storage of `tensor` was resized to nothing."""
+
+    def restored(self, tensor: Tensor, category: str) -> None:
+        """The storage of `tensor` was resized to its full size and belongs to `category` until it is released."""
+
+
+SILENT = Observer()

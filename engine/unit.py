@@ -1,0 +1,237 @@
+"""A flat unit: parameters that are gathered, reduced, stepped and freed together.
+
+They lie end to end in one buffer, padded to a multiple of the ranks; each `Parameter` object is kept and becomes a view
+of it. Memory is freed by resizing the storage: views, and what autograd saved of them, stay valid for the next gather.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives.zero import UnitSize, Zero, padded
+from .communicator import Communicator, Handle
+from .observer import Observer
+from .partition import Part
+
+FULL_PRECISION = {torch.float64: torch.float64}
+"""dtype of an optimizer's values by dtype of the parameters; all others are stepped in fp32."""
+
+
+class Residency(Enum):
+    """Where the parameters of a unit are."""
+
+    SHARDED = auto()  # my 1/n
+    GATHERING = auto()  # the rest is on its way
+    GATHERED = auto()  # all of them: the only state that a forward or a backward may see
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one parameter that lies in this rank's shard, in elements of the shard."""
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+
+class FlatUnit:
+    """The buffers of one unit on one rank, and the moves between them.
+
+    S elements in the unit with padding, s = S / n in a shard (s = S at ZeRO stage 0, where all is kept whole).
+
+    Attributes:
+        full: [S] parameters; its storage is empty while the unit is SHARDED.
+        shard: [s] this rank's parameters: a view of `full` unless parameters are sharded.
+        master: [s] what the optimizer steps: `shard` itself, or an fp32 copy where that is 16 bits wide.
+        gradient: [S] gradients of this backward; its storage is empty outside of it when gradients are sharded.
+        gradient_shard: [s] reduced gradients: a view of `gradient` unless gradients are sharded.
+    """
+
+    def __init__(self, part: Part, zero: Zero, communicator: Communicator, dtype: torch.dtype, observer: Observer):
+        self.part, self.zero, self.communicator, self.observer = part, zero, communicator, observer
+        self.owner, self.block, self.label, self.trainable = part.owner, part.block, part.label, part.trainable
+        self.group = part.slots[0].group
+        self.parameters = [slot.parameter for slot in part.slots]
+        self.elements = padded(sum(parameter.numel() for parameter in self.parameters), communicator.world)
+        parts = communicator.world if zero.optimizer else 1
+        size = self.elements // parts
+        self.bounds = (communicator.rank % parts * size, communicator.rank % parts * size + size)
+        self.residency = Residency.GATHERED
+        self.arriving: Handle | None = None
+        self.seen: set[nn.Parameter] = set()
+        self._lay_out(dtype)
+        if self.trainable:
+            self._make_gradients(dtype)
+
+    @property
+    def size(self) -> UnitSize:
+        """What the closed forms of collectives/zero.py need to know of the unit."""
+        return UnitSize(
+            elements=self.elements,
+            padding=self.elements - sum(parameter.numel() for parameter in self.parameters),
+            element_bytes=self.full.element_size(),
+            trainable=self.trainable,
+        )
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """Copy the parameters into one buffer and make them views of it."""
+        device = self.parameters[0].device
+        with self.observer.category("parameters"), torch.no_grad():
+            self.full = torch.empty(self.elements, dtype=dtype, device=device)
+            self.views: dict[nn.Parameter, tuple[int, int]] = {}
+            self._here: list[Tensor] = []
+            offset = 0
+            for parameter in self.parameters:
+                stop = offset + parameter.numel()
+                view = self.full[offset:stop].view(parameter.shape)
+                view.copy_(parameter)
+                parameter.data = view
+                self._here.append(view)
+                self.views[parameter] = (offset, stop)
+                offset = stop
+            self.full[offset:].zero_()
+        if self.zero.parameters:
+            with self.observer.category("counters"):
+                nowhere = torch.full((), torch.nan, dtype=dtype, device=device)
+            self._gone = [nowhere.expand(parameter.shape) for parameter in self.parameters]
+
+    def take_shard(self) -> None:
+        """Once every rank has the same values: keep this rank's shard, its master copy, and free what is sharded."""
+        start, stop = self.bounds
+        with torch.no_grad():
+            with self.observer.category("parameters"):
+                self.shard = self.full[start:stop].clone() if self.zero.parameters else self.full[start:stop]
+            wide = FULL_PRECISION.get(self.full.dtype, torch.float32)
+            if self.trainable:
+                with self.observer.category("optimizer"):
+                    self.master = self.shard if self.shard.dtype == wide else self.shard.to(wide)
+        if self.zero.parameters:
+            self.free()
+
+    def _make_gradients(self, dtype: torch.dtype) -> None:
+        start, stop = self.bounds
+        with self.observer.category("gradients"):
+            self.gradient = torch.zeros(self.elements, dtype=dtype, device=self.full.device)
+        if self.zero.gradients:
+            with self.observer.category("gradients"):
+                self.gradient_shard = torch.zeros(stop - start, dtype=dtype, device=self.full.device)
+            self._release(self.gradient)
+        else:
+            self.gradient_shard = self.gradient[start:stop]
+        self.shard_filled = False
+
+    def pieces(self) -> list[Piece]:
+        """The trainable parameters that have elements in this rank's shard."""
+        start, stop = self.bounds
+        cut = ((p, max(a, start) - start, min(b, stop) - start) for p, (a, b) in self.views.items())
+        return [Piece(parameter, a, b) for parameter, a, b in cut if a < b]
+
+    # Parameters #
+
+    def gather(self) -> None:
+        """Start to collect the parameters from all ranks, unless they are here or on their way."""
+        if self.residency is not Residency.SHARDED:
+            return
+        start, stop = self.bounds
+        self._restore(self.full, "buffers")
+        self._point_to(self._here)
+        with torch.no_grad():
+            self.full[start:stop].copy_(self.shard)
+        self._start_gather()
+
+    def publish(self) -> None:
+        """Start to send this rank's stepped shard to the ranks that keep whole parameters."""
+        if self.zero.optimizer and not self.zero.parameters:
+            self._start_gather()
+
+    def _start_gather(self) -> None:
+        self.arriving = self.communicator.all_gather(self.full, f"parameters of {self.label}")
+        self.residency = Residency.GATHERING
+
+    def arrive(self) -> None:
+        """Wait for the parameters that are on their way."""
+        if self.arriving is not None:
+            self.arriving.wait()
+            self.arriving = None
+            self.residency = Residency.GATHERED
+
+    def free(self) -> None:
+        """Keep only the shard, if parameters are sharded."""
+        if self.zero.parameters and self.residency is not Residency.SHARDED:
+            self.arrive()
+            self._point_to(self._gone)
+            self._release(self.full)
+            self.residency = Residency.SHARDED
+
+    def _point_to(self, values: list[Tensor]) -> None:
+        """Let the parameters show these values: NaN for what is not here, where freed memory would end the process."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+
+    # Gradients #
+
+    def accept(self, parameter: nn.Parameter, scale: float) -> None:
+        """Take `scale` times the gradient that autograd left on a parameter, and clear it there."""
+        gradient = parameter.grad
+        assert gradient is not None
+        parameter.grad = None
+        if self.gradient.untyped_storage().size() == 0:
+            self._restore(self.gradient, "buffers")
+        start, stop = self.views[parameter]
+        view = self.gradient[start:stop].view(parameter.shape)
+        with torch.no_grad():
+            if parameter in self.seen:
+                view.add_(gradient, alpha=scale)
+            else:
+                torch.mul(gradient, scale, out=view)
+        self.seen.add(parameter)
+
+    def fill_unseen(self) -> None:
+        """Zeros where no gradient came: in parameters that were not used, and in the padding."""
+        if self.gradient.untyped_storage().size() == 0:
+            self._restore(self.gradient, "buffers")
+        with torch.no_grad():
+            for parameter, (start, stop) in self.views.items():
+                if parameter not in self.seen:
+                    self.gradient[start:stop].zero_()
+            used = sum(parameter.numel() for parameter in self.parameters)
+            if self.zero.gradients and used < self.elements:
+                self.gradient[used:].zero_()
+
+    def reduce(self) -> Handle:
+        """Start to sum the gradients over the ranks."""
+        self.fill_unseen()
+        if self.zero.optimizer:
+            return self.communicator.reduce_scatter(self.gradient, f"gradients of {self.label}")
+        return self.communicator.all_reduce(self.gradient, f"gradients of {self.label}")
+
+    def absorb(self) -> None:
+        """Add the reduced chunk to the gradient shard and free the rest, if gradients are sharded."""
+        if not self.zero.gradients:
+            return
+        start, stop = self.bounds
+        with torch.no_grad():
+            if self.shard_filled:
+                self.gradient_shard.add_(self.gradient[start:stop])
+            else:
+                self.gradient_shard.copy_(self.gradient[start:stop])
+        self.shard_filled = True
+        self.seen.clear()
+        self._release(self.gradient)
+
+    def forget_gradients(self) -> None:
+        """The step is taken: the next gradient overwrites instead of adding."""
+        self.seen.clear()
+        self.shard_filled = False
+
+    # Storage #
+
+    def _release(self, tensor: Tensor) -> None:
+        tensor.untyped_storage().resize_(0)
+        self.observer.released(tensor)
+
+    def _restore(self, tensor: Tensor, category: str) -> None:
+        tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+        self.observer.restored(tensor, category)

@@ -1,0 +1,278 @@
+"""ZeRO performed: when a unit is gathered, reduced and freed. One code path for stages 0 to 3.
+
+Hooks on the unit modules and on their parameters drive it, so any `nn.Module` works unchanged:
+
+    forward of a unit      its parameters arrive, those of the next unit are asked for; afterwards they are freed
+    backward reaches it    likewise, towards the front of the model
+    a gradient is ready    it moves into the unit's buffer
+    backward moves on      the reduction of the unit that it has left starts
+
+Where nothing is sharded, the same calls find nothing to do.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives.zero import Zero
+from .communicator import Communicator, Handle
+from .observer import Observer
+from .unit import FlatUnit
+
+# [Note: one reduction behind]
+# While the reduction of a unit is under way, backward fills the gradient buffer of the next one. Before a third buffer
+# is taken the oldest reduction is waited for, so gradients in full never take more than two units' memory, whatever
+# the depth of the model.
+REDUCTIONS_BEHIND = 1  # see [Note: one reduction behind]
+
+
+# [Note: when a unit is reduced]
+# Not when its last gradient arrives: a rank that misses one (a branch not taken) would start the reduction later than
+# the others, among other gathers, and ranks that order their collectives differently wait for ever. It is reduced when
+# backward reaches the output of another unit after all calls of this one, which every rank that runs the same modules
+# sees at the same place. Autograd runs later-made nodes first, so by then the unit's gradients are all here.
+
+
+class ZeroRuntime:
+    """Moves the units of one model through its steps.
+
+    Attributes:
+        units: in the order of the forward pass as far as registration tells it, the root's first.
+        used: parameters that got a gradient since the last optimizer step, on this rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        units: list[FlatUnit],
+        zero: Zero,
+        communicator: Communicator,
+        accumulation: int,
+    ) -> None:
+        self.model, self.units, self.zero, self.communicator = model, units, zero, communicator
+        self.accumulation = accumulation
+        self.observer: Observer = communicator.observer
+        self.micro_step = 0
+        self.used: set[nn.Parameter] = set()
+        self._owners: list[nn.Module] = [model, *blocks]
+        self._block = {module: number - 1 for number, module in enumerate(self._owners)}
+        self._of: dict[nn.Module, list[FlatUnit]] = {module: [] for module in self._owners}
+        for unit in units:
+            self._of[unit.owner].append(unit)
+        # Every rank reduces in this order, whatever its own graph looked like: the blocks backwards, then the root,
+        # whose embedding gets its gradient last.
+        trainable = [unit for unit in units if unit.trainable]
+        self._reduce_order = sorted(trainable, key=lambda unit: -unit.block if unit.block >= 0 else 1)
+        self._unit_of = {parameter: unit for unit in trainable for parameter in unit.parameters}
+        self._backward_running = False
+        self._calls_left: Counter[nn.Module] = Counter()  # forwards that backward has not come to
+        self._behind: deque[tuple[FlatUnit, Handle]] = deque()
+        self._install_hooks()
+
+    # State of the step #
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether this micro-step is the last one before the optimizer steps."""
+        return self.micro_step == self.accumulation - 1
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a micro-step's gradient counts in the mean over ranks and micro-steps."""
+        return 1.0 / (self.communicator.world * self.accumulation)
+
+    # Hooks #
+
+    def _install_hooks(self) -> None:
+        for module in self._owners:
+            module.register_forward_pre_hook(self._before_forward)
+            module.register_forward_hook(self._after_forward)
+        for parameter in self._unit_of:
+            parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+        self.model.register_state_dict_pre_hook(lambda *_: self.settle())
+
+    def _before_forward(self, module: nn.Module, arguments: Any) -> None:
+        recomputing = torch._C._current_graph_task_id() != -1
+        if not recomputing:
+            if self._backward_running:
+                raise RuntimeError(
+                    "the last backward did not end (it raised an error), so gradients are incomplete and ranks may"
+                    " disagree: start again from a checkpoint"
+                )
+            self.observer.enter("forward" if self._block[module] >= 0 else "forward.after", self._block[module])
+        self._bring(module, -1 if recomputing else +1)
+
+    def _after_forward(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # recomputed inside backward, which needs the parameters next and frees them itself
+        outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if torch.is_grad_enabled() and outputs:
+            self._calls_left[module] += 1
+            reached = self._backward_hook(module)
+            for tensor in outputs:
+                tensor.register_hook(reached)
+        for unit in self._of[module]:
+            unit.free()
+        if self._block[module] >= 0:
+            self.observer.enter("forward.after", self._block[module])
+
+    def _backward_hook(self, module: nn.Module) -> Callable[[Tensor], None]:
+        """What to do when backward reaches the first of a call's outputs."""
+        waiting = True
+
+        def reached(gradient: Tensor) -> None:
+            nonlocal waiting
+            if not waiting:
+                return
+            waiting = False
+            self._begin_backward()
+            self._calls_left[module] -= 1
+            self._reduce_left(module)
+            if self._block[module] >= 0:
+                self.observer.enter("backward", self._block[module])
+            self._bring(module, -1)
+
+        return reached
+
+    def _bring(self, module: nn.Module, direction: int) -> None:
+        """Have the module's units here, and those of the module that comes next on their way."""
+        for unit in self._of[module]:
+            unit.gather()
+        for unit in self._of[module]:
+            unit.arrive()
+        follows = self._block[module] + direction
+        # The root is gathered for the whole pass, so its neighbour is the first block of the pass.
+        if self._block[module] < 0:
+            follows = 0 if direction > 0 else len(self._owners) - 2
+        if 0 <= follows < len(self._owners) - 1:
+            for unit in self._of[self._owners[follows + 1]]:
+                unit.gather()
+
+    def _gradient_ready(self, parameter: nn.Parameter) -> None:
+        self._begin_backward()
+        unit = self._unit_of[parameter]
+        if unit in self._reduced:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} in {unit.label} got another gradient after the unit was"
+                " reduced in this backward; a module used twice under a reentrant checkpoint does that:"
+                " pass use_reentrant=False"
+            )
+        unit.accept(parameter, self.gradient_scale)
+        self.used.add(parameter)
+
+    # Backward #
+
+    def _begin_backward(self) -> None:
+        if self._backward_running:
+            return
+        if self.micro_step >= self.accumulation:
+            raise RuntimeError(
+                f"backward number {self.micro_step + 1} since the last step, but gradient_accumulation_steps ="
+                f" {self.accumulation}: call engine.step() after each backward, or raise gradient_accumulation_steps"
+            )
+        self._backward_running = True
+        self._reduced: set[FlatUnit] = set()
+        self._next_to_reduce = 0
+        self.observer.enter("backward.begin", len(self._owners) - 1)
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _reduce_left(self, reached: nn.Module) -> None:
+        """Start the reductions, in order, of units whose backward is over: see [Note: when a unit is reduced]."""
+        while self._next_to_reduce < len(self._reduce_order):
+            unit = self._reduce_order[self._next_to_reduce]
+            if unit.owner in (reached, self.model) or self._calls_left[unit.owner]:
+                return
+            self._reduce(unit)
+
+    def _reduce(self, unit: FlatUnit) -> None:
+        self._next_to_reduce += 1
+        self._reduced.add(unit)
+        unit.free()
+        if not (self.zero.gradients or self.at_boundary):
+            return
+        while len(self._behind) > REDUCTIONS_BEHIND:
+            self._absorb_oldest()
+        self._behind.append((unit, unit.reduce()))
+
+    def _absorb_oldest(self) -> None:
+        unit, handle = self._behind.popleft()
+        handle.wait()
+        unit.absorb()
+
+    def _end_backward(self) -> None:
+        """Autograd has run to its end: reduce what is left (units with unused parameters), and wait for all of it."""
+        self.observer.enter("backward.end", -1)
+        for unit in self._reduce_order[self._next_to_reduce :]:
+            self._reduce(unit)
+        while self._behind:
+            self._absorb_oldest()
+        for unit in self.units:
+            unit.free()
+        self._backward_running = False
+        self._calls_left.clear()
+        self.micro_step += 1
+
+    # Step #
+
+    def used_anywhere(self) -> set[nn.Parameter]:
+        """Parameters that got a gradient on any rank since the last step; the others must not be stepped.
+
+        One flag says whether any rank missed any; only then is the whole bitmap sent.
+        """
+        everything = set(self._unit_of)
+        if self._largest([len(self.used) < len(everything)], "missed parameters") != [1]:
+            return everything
+        parameters = list(self._unit_of)
+        flags = self._largest([parameter in self.used for parameter in parameters], "used parameters")
+        return {parameter for parameter, flag in zip(parameters, flags, strict=True) if flag}
+
+    def _largest(self, flags: list[bool], label: str) -> list[int]:
+        """Each flag's maximum over the ranks."""
+        device = self.units[0].full.device
+        tensor = torch.zeros(len(flags), dtype=torch.int32, device=device)
+        if any(flags):
+            tensor.copy_(torch.tensor(flags))
+        self.communicator.all_reduce(tensor, label, largest=True, scalar=True).wait()
+        self.observer.synchronized()
+        # A flight has shapes and no values: there every parameter is used.
+        return [0] * len(flags) if device.type == "sim" else tensor.tolist()
+
+    def end_step(self) -> None:
+        """The optimizer has stepped: the next backward starts afresh."""
+        for unit in self._reduce_order:
+            unit.forget_gradients()
+        self.used.clear()
+        self.micro_step = 0
+
+    def settle(self) -> None:
+        """Wait for the parameters that the last step sent around, as the next forward would."""
+        for unit in self.units:
+            unit.arrive()
+
+    def gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in full as (name, values), one unit in memory at a time; all ranks must take part."""
+        for unit in self.units:
+            unit.gather()
+            unit.arrive()
+            for slot in unit.part.slots:
+                yield slot.name, slot.parameter.detach()
+            unit.free()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward returned: nested tuples, lists, mappings and objects with attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _tensors(item)
