@@ -1,0 +1,13 @@
+"""Prices: how long a training step takes and what it keeps in memory on a described cluster. No torch.
+
+processor   a GPU or a CPU share: peaks, achievable shares of them, measured tables; each figure has its source
+hardware    a cluster of processors and its network, read from the catalogue or from a user's file
+kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
+network     seconds and bytes of a collective: closed form, or every message
+program     plays collective programs on simpy, message by message
+memory      bytes in use through the step, by category, in the order of the program
+streams     a device's streams as simpy processes, and how they disturb each other
+replay      a trace played on a cluster: overlap, waits, what is exposed
+timeline    what ran when, as a Perfetto file
+result      what a simulation says: time, breakdown, memory, traffic
+"""

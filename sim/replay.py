@@ -1,0 +1,228 @@
+"""Replays a Trace on a hardware model: what the host issues, what the streams do meanwhile, and what waits for what.
+
+The host walks the trace in program order and only ever waits where the program reads a value, so it runs ahead of the
+device as on CUDA; overlap and exposed communication come out of that instead of being assumed.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from math import prod
+
+import simpy
+from simpy.events import Event, ProcessGenerator
+
+from ..collectives.trace import Call, Collective, Kernel, Phase, Segment, Synchronize, Trace, Wait
+from .hardware import Cluster
+from .kernel import kernel_seconds
+from .network import collective_seconds, sent_bytes
+from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
+
+MOST_PLAYED = 3
+"""How often a repeated phase is played; further repetitions cost what the last one played did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A steady training step of one rank.
+
+    Attributes:
+        breakdown_s: where the compute stream spent the step; sums to `step_time_s`.
+        sent_bytes: by axis.
+        forward_flops: of matrix products, attention and convolutions in the forward pass.
+        executed_flops: of the same in the whole step, attention's backward counted as twice its forward.
+        spans: what ran when, if asked for; both steps, repeated phases as often as they were played.
+        events: how many simpy events it took.
+    """
+
+    step_time_s: float
+    breakdown_s: dict[str, float]
+    sent_bytes: dict[str, int]
+    forward_flops: float
+    executed_flops: float
+    spans: tuple[Span, ...]
+    events: int
+
+
+def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", record: bool = False) -> Replay:
+    """Play two steps and report the second.
+
+    Args:
+        fidelity: how collectives are priced, see sim/network.py.
+        record: keep the spans.
+    """
+    rank = _Rank(trace, cluster, fidelity, record)
+    rank.env.run(rank.finished)
+    before, after = rank.marks[1], rank.marks[2]
+    breakdown = {name: after[name] - before[name] for name in after}
+    spans = tuple(rank.compute.spans or ()) + tuple(s for stream in rank.streams.values() for s in stream.spans)
+    return Replay(
+        step_time_s=sum(breakdown.values()),
+        breakdown_s=breakdown,
+        sent_bytes=sent_bytes_by_axis(trace),
+        forward_flops=_flops(trace, forward_only=True),
+        executed_flops=_flops(trace, forward_only=False),
+        spans=spans,
+        events=rank.env.steps,
+    )
+
+
+Mark = dict[str, float]
+"""Seconds by cause since the start."""
+
+
+class _CountingEnvironment(simpy.Environment):
+    steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        super().step()
+
+
+class _Rank:
+    """The host of one rank, and its streams."""
+
+    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, record: bool) -> None:
+        self.trace, self.cluster, self.fidelity = trace, cluster, fidelity
+        self.env = _CountingEnvironment()
+        self.processor = cluster.processor
+        self._launch_s = self.processor.launch_s if self.processor.asynchronous else 0.0
+        interference = Interference(
+            self.env,
+            {
+                "compute": self.processor.compute_rate_under_communication,
+                "communication": self.processor.communication_rate_under_compute,
+            },
+        )
+        self.compute = ComputeStream(self.env, interference, record)
+        self.streams = {axis: CommunicationStream(self.env, axis, interference, record) for axis in trace.world}
+        self.tiers = cluster.tiers(prod(trace.world.values()))
+        self.marks: dict[int, Mark] = {}
+        self._skipped: Mark = defaultdict(float)
+        self._runs: Counter[tuple[str, int]] = Counter()
+        self._started: dict[tuple[str, int, int, int], Event] = {}
+        self._prepared = [self._prepare(segment) for segment in trace.segments]
+        self.finished = self.env.process(self._host())
+
+    def _prepare(self, segment: Segment) -> list[tuple[int, Run | Collective | Wait | Synchronize]]:
+        """A segment with its kernels priced and joined into runs: (position of the op, what to do)."""
+        # A host that computes itself pays for issuing each op; one that runs ahead of a device is only sometimes late.
+        launch_s, overhead_s = self._launch_s, self.processor.launch_s - self._launch_s
+        prepared: list[tuple[int, Run | Collective | Wait | Synchronize]] = []
+        kernels: list[tuple[str, float]] = []
+        for position, op in enumerate(segment):
+            if isinstance(op, Kernel):
+                kernels.append((op.name, kernel_seconds(op, self.processor) + overhead_s))
+            elif isinstance(op, Collective | Wait | Synchronize):
+                if kernels:
+                    prepared.append((position, Run.of(kernels, launch_s)))
+                    kernels = []
+                prepared.append((position, op))
+        if kernels:
+            prepared.append((len(segment), Run.of(kernels, launch_s)))
+        return prepared
+
+    # The host #
+
+    def _host(self) -> ProcessGenerator:
+        for step, phases in groupby(self.trace.phases, key=lambda phase: phase.step):
+            if step > 0:  # what precedes training takes no part in a step
+                for phase in phases:
+                    yield from self._host_phase(phase)
+            self.compute.mark(partial(self._end_step, step))
+        yield self._drained()
+
+    def _end_step(self, step: int) -> None:
+        self.marks[step] = self._clock()
+
+    def _host_phase(self, phase: Phase) -> ProcessGenerator:
+        """Issue a phase as often as it is worth playing, and charge the rest at the price of the last one."""
+        ends: list[Mark] = []
+        for _ in range(min(phase.repeat, MOST_PLAYED)):
+            for call in phase.calls:
+                yield from self._host_call(call)
+            self.compute.mark(lambda: ends.append(self._clock()))
+        left = phase.repeat - MOST_PLAYED
+        if left > 0:
+            self.compute.mark(lambda: self._skip(ends, left))
+
+    def _skip(self, ends: list[Mark], times: int) -> None:
+        for name in ends[-1]:
+            self._skipped[name] += times * (ends[-1][name] - ends[-2][name])
+
+    def _host_call(self, call: Call) -> ProcessGenerator:
+        self._runs[call.key, call.block] += 1
+        for position, op in self._prepared[call.segment]:
+            match op:
+                case Run():
+                    self.compute.run(op)
+                    if self._launch_s > 0:
+                        yield self.env.timeout(len(op.kernels) * self._launch_s)
+                case Collective():
+                    place = (call.key, call.block, self._runs[call.key, call.block], position)
+                    self._started[place] = self._start(op)
+                case Wait():
+                    block = op.ref.block_from(call.block)
+                    run = self._runs[op.ref.key, block] - op.ref.age
+                    self.compute.wait(self._started.pop((op.ref.key, block, run, op.ref.op)))
+                case Synchronize():
+                    yield self._drained()
+
+    def _start(self, op: Collective) -> Event:
+        group = self.trace.world[op.axis]
+        seconds = collective_seconds(op, group, self.tiers, self.fidelity)
+        name = f"{op.kind} {op.label}"
+        return self.streams[op.axis].start(name, seconds, after=self._drained())
+
+    def _drained(self) -> Event:
+        """When the compute stream has done all that was issued so far."""
+        event = self.env.event()
+        self.compute.mark(event.succeed)
+        return event
+
+    def _clock(self) -> Mark:
+        busy: Busy = self.compute.busy
+        played = {
+            "compute": busy.compute,
+            "exposed_communication": busy.exposed_communication,
+            "bubble": 0.0,
+            "host": busy.host,
+            "offload": 0.0,
+        }
+        return {name: seconds + self._skipped[name] for name, seconds in played.items()}
+
+
+# Sums that need no clock #
+
+
+def _steady(trace: Trace) -> list[tuple[Call, int]]:
+    """The calls of the steady step with how often each is made."""
+    last = trace.phases[-1].step
+    return [(call, phase.repeat) for phase in trace.phases if phase.step == last for call in phase.calls]
+
+
+def sent_bytes_by_axis(trace: Trace, *, scalars: bool = True) -> dict[str, int]:
+    """Bytes that the rank sends in the steady step, with or without the few-element reductions."""
+    sent = dict.fromkeys(trace.world, 0)
+    for call, times in _steady(trace):
+        for op in trace.segments[call.segment]:
+            if isinstance(op, Collective) and (scalars or not op.scalar):
+                sent[op.axis] += times * sent_bytes(replace(op, label=""), trace.world[op.axis])
+    return sent
+
+
+ATTENTION_BACKWARD_SHARE = 4 / 5
+"""Fused attention multiplies five times in backward, once to make the scores again; model FLOPs count four."""
+
+
+def _flops(trace: Trace, *, forward_only: bool) -> float:
+    total = 0.0
+    for call, times in _steady(trace):
+        if forward_only and not call.key.startswith("forward"):
+            continue
+        for op in trace.segments[call.segment]:
+            if isinstance(op, Kernel):
+                share = ATTENTION_BACKWARD_SHARE if op.name == "attention_backward" else 1.0
+                total += times * share * op.flops
+    return total
