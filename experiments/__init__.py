@@ -1,0 +1,21 @@
+"""Asks: command line, models, verification, calibration, pictures. May import every other room.
+
+cli          the command line: verbs, options, --json, exit codes
+simulate     one training step of a model on a cluster
+layout       how a job is laid out: options, their defaults and checks
+verify       ZeRO on Gloo ranks against a plain loop in one process
+ranks        what the ranks of verify and demo do, and what they measure
+samples      a user's model and batches: loading, splitting, losses
+demo         the whole idea in about a minute
+calibrate    turns measured primitives into a hardware profile
+timing       measures them, on all ranks at once
+primitives   which operators, products and modules are measured
+models       a transformer as numbers: the catalogue, model files, parameter and flop counts
+transformer  the module that those numbers describe, in plain torch
+corpus       real text that every machine has: the standard library's own source, as bytes
+listings     the catalogues as entries and tables
+tables       results as tables in a terminal
+plots        results as pictures
+files        files that are whole or absent; CSV
+bench        runnable comparisons with peers, and their results
+"""

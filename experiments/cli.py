@@ -1,0 +1,302 @@
+"""The command line. Exit 0: done and within tolerance; 1: a check failed; 2: bad input; 3: a rank or the system failed.
+
+Results go to stdout (one JSON object with --json), progress and errors to stderr, never a traceback. Starting costs no
+torch: each verb imports what it needs.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="windtunnel",
+    help="Fly a training program through a simulated cluster, prove it on CPU ranks, run it on GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for files.", show_default=False)]
+
+
+@app.command()
+def demo(as_json: AsJson = False, out: Out = None) -> None:
+    """Train a small GPT under ZeRO 0 to 3, check it, predict it, and fly it on 1 to 1,024 GPUs."""
+    from .demo import demo as run
+    from .demo import to_dict
+    from .tables import demo_table, show, verification_table
+
+    result = run(out or Path("out/demo"), say=_say)
+    if as_json:
+        _print_json(to_dict(result))
+    else:
+        show(verification_table(result.verification))
+        show(demo_table(result))
+        last = result.scaling[-1]
+        print(f"flown on {last.gpus:,} GPUs: {last.step_time_s:.3f} s per step, {last.tflops_per_gpu:.0f} TFLOP/s each")
+        print(f"plot: {result.plot}")
+    _notes(result.verification.notes)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def simulate(
+    model: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
+    cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
+    gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp).", show_default=False)] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    interleave: Annotated[int, typer.Option(help="Virtual stages per rank.")] = 1,
+    schedule: Annotated[str, typer.Option(help="Pipeline schedule.")] = "1f1b",
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage 0 to 3; 0.", show_default=False)] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences per rank and forward; 1.", show_default=False)
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Sequences per step; micro-batch * dp.", show_default=False)
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's.", show_default=False)] = None,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With tensor parallelism.")] = False,
+    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    offload: Annotated[str, typer.Option(help="none, optimizer or parameters.")] = "none",
+    offload_to: Annotated[str, typer.Option(help="host or nvme.")] = "host",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
+    ] = None,
+    fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON.", show_default=False)] = None,
+    perfetto: Annotated[Path | None, typer.Option(help="Write a timeline here.", show_default=False)] = None,
+    save_trace: Annotated[Path | None, typer.Option(help="Write the trace here.", show_default=False)] = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Simulate a training step: time, where it goes, memory, bytes."""
+    from . import simulate as simulation
+    from .files import write_whole
+
+    chosen: dict[str, Any] = {
+        "dp": dp, "tp": tp, "pp": pp, "interleave": interleave, "schedule": schedule, "zero": zero,
+        "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
+        "recompute": recompute, "offload": offload, "offload_to": offload_to, "precision": precision,
+        "fidelity": fidelity,
+    }  # fmt: skip
+    if tokens is not None and tokens <= 0:
+        raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
+    counts = _counts(gpus)
+    results = [simulation.simulate(model, cluster, config=config, gpus=count, **chosen) for count in counts]
+    answers = [simulation.to_dict(result) for result in results]
+    if tokens is not None:
+        for answer, result in zip(answers, results, strict=True):
+            answer["training"] = {"tokens": tokens, **simulation.training_days(result, tokens)}
+    files = _scaling_files(results, out) if len(results) > 1 or out is not None else {}
+    if perfetto is not None:
+        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, cluster, results[-1])))
+    if save_trace is not None:
+        files["trace"] = str(write_whole(save_trace, simulation.saved_trace(model, results[-1])))
+    if as_json:
+        _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
+        return
+    _show_steps(results, answers)
+    for name, path in files.items():
+        print(f"{name}: {path}")
+
+
+def _counts(gpus: str | None) -> list[int | None]:
+    if gpus is None:
+        return [None]
+    try:
+        return [int(part) for part in gpus.split(",")]
+    except ValueError:
+        raise ValueError(f"gpus = {gpus!r}; allowed: an integer, or several with commas between") from None
+
+
+def _show_steps(results: list[Any], answers: list[dict[str, Any]]) -> None:
+    from .tables import memory_table, show, step_table
+
+    show(step_table(results))
+    if len(results) == 1:
+        show(memory_table(results[0]))
+    for answer in answers:
+        if "training" in answer:
+            training = answer["training"]
+            print(
+                f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
+                f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours"
+            )
+
+
+def _scaling_files(results: list[Any], out: Path | None) -> dict[str, str]:
+    """CSV and plot of several sizes."""
+    from .files import write_csv
+    from .plots import plot_scaling
+    from .simulate import to_rows
+
+    folder = out or Path("out/simulate")
+    csv = write_csv(folder / "scaling.csv", to_rows(results))
+    return {"csv": str(csv), "plot": str(plot_scaling(results, folder / "scaling.png"))}
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION that returns (model, batches).")],
+    world: Annotated[int, typer.Option(help="Gloo ranks.")] = 2,
+    zero: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
+    steps: Annotated[int | None, typer.Option(help="How many batches; all.", show_default=False)] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp64 or bf16.")] = "fp32",
+    accumulation: Annotated[int, typer.Option(help="Micro-steps per step.")] = 1,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative distance of the parameters.", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a rank waits for the others.")] = 60.0,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Check that ZeRO training of your model computes what one process would."""
+    from .files import write_whole
+    from .tables import show, verification_table
+    from .verify import to_dict
+    from .verify import verify as run
+
+    try:
+        stages = [int(stage) for stage in zero.split(",")]
+    except ValueError:
+        raise ValueError(f"zero = {zero!r}; allowed: some of 0,1,2,3 with commas between") from None
+    result = run(
+        target, world=world, zero=stages, steps=steps, precision=precision, accumulation=accumulation,
+        tolerance=tolerance, timeout_s=timeout,
+    )  # fmt: skip
+    if out is not None:
+        write_whole(out / "verify.json", json.dumps(to_dict(result), indent=2))
+    if as_json:
+        _print_json(to_dict(result))
+    else:
+        show(verification_table(result))
+    _notes(result.notes)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def calibrate(
+    ranks: Annotated[int, typer.Option(help="Ranks that share this machine.")] = 2,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure again although a profile is kept.")] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure this machine's primitives into a hardware profile."""
+    from .calibrate import calibrate as run
+    from .calibrate import profile
+    from .files import write_whole
+    from .tables import entry_table, show
+
+    cluster = run(ranks=ranks, redo=redo, progress=_say)
+    answer = profile(cluster)
+    if out is not None:
+        write_whole(out / "profile.json", json.dumps(answer, indent=2))
+    if as_json:
+        _print_json(answer)
+    else:
+        measured = {"matmul_points", "kernel_curves", "sources"}
+        figures = {name: value for name, value in answer["processor"].items() if name not in measured}
+        show(entry_table(cluster.name, {**figures, "ring": answer["intra_node"]}, {}))
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model.", show_default=False)] = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """The catalogue of models, each with its source."""
+    from .listings import list_models
+
+    _listing(list_models(name), as_json, out)
+
+
+@app.command()
+def hardware(
+    name: Annotated[str | None, typer.Argument(help="One GPU or cluster.", show_default=False)] = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """The catalogue of GPUs and clusters, each figure with its source."""
+    from .listings import list_hardware
+
+    _listing(list_hardware(name), as_json, out)
+
+
+def _listing(listing: Any, as_json: bool, out: Path | None) -> None:
+    from .files import write_whole
+
+    if out is not None:
+        write_whole(out / "catalogue.json", json.dumps(listing.entries, indent=2))
+    if as_json:
+        _print_json(listing.entries)
+        return
+    from .tables import show
+
+    for table in listing.tables():
+        show(table)
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    json.dump(answer, sys.stdout, default=str)
+    sys.stdout.write("\n")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        _say(f"note: {note}")
+
+
+def main() -> NoReturn:
+    """The console script: run a verb and turn every failure into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = _fail("stopped", 3)
+    except KeyboardInterrupt:
+        code = _fail("stopped", 3)
+    except (ValueError, OSError) as error:
+        code = _fail(str(error), 3 if isinstance(error, OSError) else 2)
+    except Exception as error:
+        # A usage error of the command-line library says so itself; anything else is the system's failure.
+        ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if hasattr(error, "format_message"):
+            code = _fail(_usage(error), 2)
+        else:
+            code = _fail(str(error) if ours else f"{type(error).__name__}: {error}", 3)
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+def _usage(error: Any) -> str:
+    """What the command-line library says, and the value that it leaves out."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    values = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
+    return str(error.format_message()) + (f" (got {values[-1]!r})" if values else "")
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("WINDTUNNEL_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    _say("windtunnel: " + " ".join(message.split()))
+    return code
+
+
+if __name__ == "__main__":
+    main()

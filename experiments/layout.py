@@ -1,0 +1,200 @@
+"""How a job is laid out on a cluster: what the user chose, with every default resolved and every value checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..collectives.zero import Zero
+from ..reading import nearest
+from ..sim.hardware import Cluster
+from ..sim.network import FIDELITIES
+from .models import ModelSpec
+
+RECOMPUTE = ("none", "selective", "full")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user said; None where a default follows from the rest."""
+
+    gpus: int | None = None
+    dp: int | None = None
+    tp: int = 1
+    pp: int = 1
+    interleave: int = 1
+    schedule: str = "1f1b"
+    zero: int | None = None
+    micro_batch: int | None = None
+    global_batch: int | None = None
+    seq: int | None = None
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    offload: str = "none"
+    offload_to: str = "host"
+    precision: str | None = None
+    fidelity: str = "closed_form"
+    clip: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A job in full. `gpus` = dp * tp * pp; `accumulation` micro-steps of `micro_batch` make `global_batch`."""
+
+    model: str
+    cluster: str
+    gpus: int
+    dp: int
+    tp: int
+    pp: int
+    interleave: int
+    schedule: str
+    zero: int
+    micro_batch: int
+    global_batch: int
+    accumulation: int
+    seq: int
+    sequence_parallel: bool
+    recompute: str
+    offload: str
+    offload_to: str
+    precision: str
+    fidelity: str
+    clip: float
+
+
+ONLY_VALUE_SO_FAR: dict[str, Any] = {
+    "tp": 1,
+    "pp": 1,
+    "interleave": 1,
+    "sequence_parallel": False,
+    "offload": "none",
+}
+"""Options of the contract that the engine cannot perform yet, and the one value that means "without"."""
+
+
+def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
+    """Fill in the defaults and check that the job is possible.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    _check(options)
+    gpus, dp = _ranks(options, cluster)
+    micro_batch, global_batch, accumulation = _batches(options, dp)
+    seq = options.seq or model.seq
+    if seq > model.seq and model.positions == "learned":
+        refuse("seq", seq, f"at most {model.seq}, the learned positions of {model.name}")
+    return Layout(
+        model=model.name,
+        cluster=cluster.name,
+        gpus=gpus,
+        dp=dp,
+        tp=options.tp,
+        pp=options.pp,
+        interleave=options.interleave,
+        schedule=options.schedule,
+        zero=options.zero or 0,
+        micro_batch=micro_batch,
+        global_batch=global_batch,
+        accumulation=accumulation,
+        seq=seq,
+        sequence_parallel=options.sequence_parallel,
+        recompute=options.recompute,
+        offload=options.offload,
+        offload_to=options.offload_to,
+        precision=_precision(options, cluster),
+        fidelity=options.fidelity,
+        clip=options.clip,
+    )
+
+
+def refuse(name: str, value: object, allowed: str) -> NoReturn:
+    """Raise the one-line error for an option."""
+    raise ValueError(f"{name.replace('_', '-')} = {value}; allowed: {allowed}")
+
+
+def _check(options: Options) -> None:
+    """What can be said of each option by itself."""
+    choices = {
+        "recompute": RECOMPUTE,
+        "fidelity": FIDELITIES,
+        "precision": (*PRECISIONS, None),
+        "schedule": ("1f1b",),
+        "offload": ("none", "optimizer", "parameters"),
+        "offload_to": ("host", "nvme"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            names = [str(choice) for choice in allowed if choice is not None]
+            refuse(name, value, ", ".join(names) + nearest(str(value), names))
+    for name in ("gpus", "dp", "tp", "pp", "micro_batch", "global_batch", "seq"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            refuse(name, value, "an integer >= 1")
+    for name, only in ONLY_VALUE_SO_FAR.items():
+        if getattr(options, name) != only:
+            refuse(name, getattr(options, name), f"{only!r}, the engine performs nothing else yet")
+    Zero.of_stage(options.zero or 0)
+
+
+def _ranks(options: Options, cluster: Cluster) -> tuple[int, int]:
+    """(GPUs, data-parallel ranks)."""
+    model_parallel = options.tp * options.pp
+    gpus = options.gpus
+    if gpus is None:
+        gpus = options.dp * model_parallel if options.dp else (cluster.gpus or cluster.gpus_per_node)
+    cluster.check_gpus(gpus)
+    if gpus % model_parallel:
+        refuse("gpus", gpus, f"a multiple of tp * pp = {options.tp} * {options.pp} = {model_parallel}")
+    dp = gpus // model_parallel
+    if options.dp is not None and options.dp != dp:
+        product = f"{options.dp} * {options.tp} * {options.pp} = {options.dp * model_parallel}"
+        refuse("dp", options.dp, f"dp * tp * pp must be the number of GPUs, but {product} and gpus = {gpus}")
+    return gpus, dp
+
+
+def _batches(options: Options, dp: int) -> tuple[int, int, int]:
+    """(micro batch, global batch, micro-steps)."""
+    micro_batch = options.micro_batch or 1
+    per_step = micro_batch * dp
+    global_batch = options.global_batch or per_step
+    if global_batch % per_step:
+        refuse("global_batch", global_batch, f"a multiple of micro-batch * dp = {micro_batch} * {dp} = {per_step}")
+    return micro_batch, global_batch, global_batch // per_step
+
+
+def _precision(options: Options, cluster: Cluster) -> str:
+    """bf16, or fp16 on a GPU that has no bf16."""
+    peaks = cluster.processor.peak_flops
+    precision = options.precision or ("bf16" if "bf16" in peaks else "fp16")
+    if precision not in peaks:
+        known = [name for name in PRECISIONS if name in peaks]
+        refuse("precision", precision, f"{', '.join(known)} on {cluster.processor.name}")
+    return precision
+
+
+def from_deepspeed(path: str | Path, given: Options) -> Options:
+    """The options that a DeepSpeed JSON file states, where the user gave none on the command line.
+
+    Raises:
+        ValueError: the file does not fit, see engine/config.py.
+    """
+    from dataclasses import replace
+
+    from ..engine.config import Config
+
+    _check(given)
+    if given.dp is None and given.gpus is None:
+        raise ValueError("gpus is missing; allowed: an integer >= 1, because --config states batch sizes for all ranks")
+    ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp)
+    config = Config.read(path, ranks)
+    return replace(
+        given,
+        zero=config.zero.stage if given.zero is None else given.zero,
+        micro_batch=given.micro_batch or config.micro_batch,
+        global_batch=given.global_batch or config.micro_batch * config.accumulation * ranks,
+        precision=given.precision or ("fp32" if config.precision == "as is" else config.precision),
+        clip=given.clip or config.clip,
+    )

@@ -1,0 +1,118 @@
+"""Pictures of results. matplotlib draws them without a display."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+from ..sim.result import StepResult
+from .files import write_whole
+
+if TYPE_CHECKING:
+    from .demo import Run, ScalingPoint
+
+mpl.use("Agg")
+
+from matplotlib import pyplot
+
+INK = "#1f2933"
+MEASURED, PREDICTED = "#c8553d", "#2b6f8f"
+CAUSES = {
+    "compute": "#2b6f8f",
+    "exposed_communication": "#e0a458",
+    "bubble": "#8d99ae",
+    "host": "#b8c4bb",
+    "offload": "#6d597a",
+}
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+
+def plot_demo(runs: "Sequence[Run]", points: "Sequence[ScalingPoint]", path: Path) -> Path:
+    """Step times predicted beside measured, bytes by their witnesses, and the scaling of the flown program."""
+    with mpl.rc_context(STYLE):
+        figure, (time, sent, scale) = pyplot.subplots(1, 3, figsize=(13, 4), width_ratios=(1, 1, 1.2))
+        names = [f"ZeRO {run.zero}" for run in runs]
+        _pairs(time, names, [run.measured_step_s * 1e3 for run in runs], [run.predicted_step_s * 1e3 for run in runs])
+        time.set(ylabel="ms per step", title="A step on this machine, 2 ranks")
+        mega = 1e6
+        _pairs(
+            sent,
+            names,
+            [run.measured_bytes / mega for run in runs],
+            [(run.predicted_bytes or 0) / mega for run in runs],
+        )
+        sent.set(ylabel="MB sent per rank and step", title="Bytes, counted by the kernel")
+        gpus = [point.gpus for point in points]
+        scale.plot(gpus, [point.tflops_per_gpu for point in points], "o-", color=PREDICTED)
+        scale.set(xlabel="simulated GPUs", ylabel="model TFLOP/s per GPU")
+        scale.set_ylim(0, 1.15 * max(point.tflops_per_gpu for point in points))
+        scale.set_xscale("log", base=2)
+        scale.set_xticks(gpus, [f"{count:,}" for count in gpus], rotation=45)
+        scale.set_title("The same program, flown at ZeRO 3")
+        return _save(figure, path)
+
+
+def _pairs(axes: Any, names: list[str], measured: list[float], predicted: list[float]) -> None:
+    places = range(len(names))
+    axes.bar([place - 0.2 for place in places], measured, 0.4, color=MEASURED, label="measured")
+    axes.bar([place + 0.2 for place in places], predicted, 0.4, color=PREDICTED, label="predicted")
+    axes.set_xticks(list(places), names)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, loc="upper left", ncols=2)
+
+
+def plot_scaling(results: Sequence[StepResult], path: Path) -> Path:
+    """Where the time of a step goes, and the model FLOP/s per GPU, against the number of GPUs."""
+    with mpl.rc_context(STYLE):
+        figure, (where, speed) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+        names = [f"{result.layout['gpus']:,}" for result in results]
+        floor = [0.0] * len(results)
+        for cause, colour in CAUSES.items():
+            seconds = [result.breakdown_s[cause] for result in results]
+            if any(seconds):
+                where.bar(names, seconds, bottom=floor, color=colour, label=cause.replace("_", " "), width=0.65)
+                floor = [low + more for low, more in zip(floor, seconds, strict=True)]
+        layout = results[0].layout
+        where.set(
+            xlabel="GPUs",
+            ylabel="seconds per step",
+            title=f"{layout['model']} on {layout['cluster']}, ZeRO {layout['zero']}",
+        )
+        where.margins(y=0.2)
+        where.legend(frameon=False, loc="upper left", ncols=2)
+        speed.plot(names, [result.tflops_per_gpu for result in results], "o-", color=PREDICTED)
+        too_big = [(name, result) for name, result in zip(names, results, strict=True) if not result.fits]
+        if too_big:
+            speed.plot(
+                [name for name, _ in too_big],
+                [result.tflops_per_gpu for _, result in too_big],
+                "x",
+                color=MEASURED,
+                markersize=10,
+                label="does not fit in memory",
+            )
+            speed.legend(frameon=False, loc="lower left")
+        speed.set(xlabel="GPUs", ylabel="model TFLOP/s per GPU", title="Speed of each GPU")
+        speed.set_ylim(0, 1.15 * max(result.tflops_per_gpu for result in results))
+        return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "png")
+    pyplot.close(figure)
+    return write_whole(path, picture.getvalue())

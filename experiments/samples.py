@@ -1,0 +1,147 @@
+"""What a user's function gives us: a model and global batches, and how a batch becomes a forward pass and a loss."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Sample = tuple[nn.Module, list[Any]]
+
+
+def load_sample(target: str) -> Callable[[], Sample]:
+    """The function that "MODULE:FUNCTION" names; the current folder counts as a place for modules.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module_name, _, function_name = target.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"target = {target!r}; allowed: MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Callable[[], Sample] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"target = {target!r}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"target = {target!r} is a {type(function).__name__}; allowed: a function")
+    return function
+
+
+def make_sample(target: str, steps: int | None) -> Sample:
+    """The model and `steps` global batches (all of them by default).
+
+    Raises:
+        ValueError: the function returns something else, or too few batches.
+    """
+    function = load_sample(target)
+    try:
+        made = function()
+    except Exception as error:
+        raise ValueError(f"target = {target!r}: the function failed with {type(error).__name__}: {error}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ValueError(f"{target} must return (model, batches), got {type(made).__name__}")
+    model, batches = made[0], list(made[1])
+    if not batches or (steps is not None and steps > len(batches)):
+        raise ValueError(f"steps = {steps}; allowed: 1 to {len(batches)}, the batches that {target} returns")
+    return model, batches[:steps]
+
+
+def check_sample(target: str, steps: int | None, parts: int) -> None:
+    """Find out, before any rank is started, whether a target gives batches that divide into `parts`.
+
+    Raises:
+        ValueError: as `make_sample` and `share`.
+    """
+    _, batches = make_sample(target, steps)
+    for batch in batches:
+        share(batch, parts, 0)
+
+
+def run_model(model: Callable[..., Any], batch: Any) -> Tensor:
+    """The loss of a forward pass: the output itself, its `.loss`, or its first item."""
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, tuple | list):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    if isinstance(output, Tensor):
+        return output
+    loss = output.loss if hasattr(output, "loss") else output[0]
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples, lists and mappings with every tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: map_tensors(item, change) for name, item in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(map_tensors(item, change) for item in batch)
+    return batch
+
+
+def share(batch: Any, parts: int, part: int) -> Any:
+    """Part number `part` of `parts` equal ones, cut on dimension 0 of every tensor.
+
+    Raises:
+        ValueError: a batch that does not divide.
+    """
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] % parts:
+            raise ValueError(
+                f"a batch tensor of shape {tuple(tensor.shape)} does not divide among world * accumulation = {parts};"
+                f" allowed: a multiple of {parts} samples on dimension 0"
+            )
+        size = tensor.shape[0] // parts
+        return tensor[part * size : (part + 1) * size]
+
+    return map_tensors(batch, cut)
+
+
+def as_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in `dtype`, the others as they are."""
+    return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def to_sim(model: nn.Module, batch: Any) -> tuple[nn.Module, Callable[[], tuple]]:
+    """A model and a batch made for real, as shapes on the simulated device (inside a flight).
+
+    Parameters and buffers are replaced in their modules, ties kept; values are forgotten.
+    """
+    twins: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in twins:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="sim")
+                twins[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, twins[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if buffer not in twins:
+                twins[buffer] = torch.empty(buffer.shape, dtype=buffer.dtype, device="sim")
+            setattr(module, name, twins[buffer])
+    shapes = map_tensors(batch, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+    def make_batch() -> tuple:
+        return (map_tensors(shapes, lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device="sim")),)
+
+    return _LossOnly(model), make_batch
+
+
+class _LossOnly(nn.Module):
+    """A model that takes one batch and returns its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        return run_model(self.model, batch)

@@ -1,0 +1,155 @@
+"""`simulate`: one training step of a model on a cluster, without the cluster."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ..collectives.trace import SHALLOWEST, Trace, repeat_phase, stretch
+from ..collectives.trace_file import dumps
+from ..engine.pilot import Plan, fly
+from ..sim.hardware import Cluster, load_cluster
+from ..sim.memory import replay_memory
+from ..sim.replay import replay
+from ..sim.result import StepResult, price
+from ..sim.timeline import to_json
+from .layout import Layout, Options, from_deepspeed, resolve
+from .models import ModelSpec, load_model
+
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
+
+SECONDS_PER_DAY = 86_400
+
+
+def simulate(
+    model: str | ModelSpec, cluster: str | Cluster, *, config: str | Path | None = None, **options: Any
+) -> StepResult:
+    """Simulate one steady training step.
+
+    Args:
+        model: a catalogue name, a TOML file or a ModelSpec.
+        cluster: a catalogue name, a TOML file or a Cluster.
+        config: a DeepSpeed JSON file for what `options` leave open.
+        options: fields of experiments.layout.Options: gpus, dp, zero, micro_batch, global_batch, seq, recompute, ...
+
+    Raises:
+        ValueError: an option, a file or a combination that cannot be; one line.
+    """
+    began = perf_counter()
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    chosen = Options(**options)
+    layout = resolve(from_deepspeed(config, chosen) if config else chosen, spec, machine)
+    trace = flight(spec, layout)
+    return price(
+        trace,
+        machine,
+        precision=layout.precision,
+        tokens_per_step=layout.global_batch * layout.seq,
+        layout=asdict(layout),
+        fidelity=layout.fidelity,
+        since=began,
+    )
+
+
+def scaling(
+    model: str | ModelSpec, cluster: str | Cluster, gpus: Sequence[int], **options: Any
+) -> tuple[StepResult, ...]:
+    """`simulate` at several sizes. A global batch that is given stays (strong scaling), else it grows with them."""
+    return tuple(simulate(model, cluster, gpus=count, **options) for count in gpus)
+
+
+def flight(spec: ModelSpec, layout: Layout) -> Trace:
+    """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
+    return _flight(
+        spec,
+        world=layout.dp,
+        zero=layout.zero,
+        micro_batch=layout.micro_batch,
+        seq=layout.seq,
+        recompute=layout.recompute,
+        precision=layout.precision,
+        accumulation=layout.accumulation,
+        clip=layout.clip,
+    )
+
+
+@lru_cache(maxsize=64)
+def _flight(
+    spec: ModelSpec,
+    *,
+    world: int,
+    zero: int,
+    micro_batch: int,
+    seq: int,
+    recompute: str,
+    precision: str,
+    accumulation: int,
+    clip: float,
+) -> Trace:
+    flown = replace(spec, layers=min(spec.layers, SHALLOWEST))
+    plan = Plan(
+        factory="windtunnel.experiments.transformer:for_flight",
+        arguments={"spec": flown, "recompute": recompute, "batch": micro_batch, "seq": seq},
+        config={
+            "zero_optimization": {"stage": zero},
+            "optimizer": ADAMW,
+            "gradient_clipping": clip,
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+        },
+        world=world,
+        micro_steps=accumulation,
+    )
+    trace = stretch(fly(plan), spec.layers)
+    return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
+
+
+def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:
+    """The job of `result` as a Perfetto file."""
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    trace = flight(spec, Layout(**result.layout))
+    step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
+    return to_json(step.spans, replay_memory(trace, machine.processor))
+
+
+def saved_trace(model: str | ModelSpec, result: StepResult) -> str:
+    """The trace of the job of `result` as a JSON file."""
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    return dumps(flight(spec, Layout(**result.layout)))
+
+
+def to_rows(results: Sequence[StepResult]) -> list[dict[str, Any]]:
+    """One row per result for a table: the numbers of the step, where its time goes, memory and bytes."""
+    return [
+        {
+            "gpus": result.layout["gpus"],
+            "global_batch": result.layout["global_batch"],
+            "step_time_s": result.step_time_s,
+            "tokens_per_s": result.tokens_per_s,
+            "tflops_per_gpu": result.tflops_per_gpu,
+            "hardware_tflops_per_gpu": result.hardware_tflops_per_gpu,
+            "mfu": result.mfu,
+            **{f"{cause}_s": seconds for cause, seconds in result.breakdown_s.items()},
+            "peak_memory_bytes": result.peak_memory_bytes["total"],
+            "fits": result.fits,
+            "bytes_sent_per_gpu": result.bytes_sent_per_gpu["total"],
+        }
+        for result in results
+    ]
+
+
+def to_dict(result: StepResult) -> dict[str, Any]:
+    """The contract's JSON object; the model states, which are in the peak by category, are for Python callers."""
+    answer = {name: dict(value) if isinstance(value, Mapping) else value for name, value in asdict(result).items()}
+    del answer["model_state_bytes"]
+    return answer
+
+
+def training_days(result: StepResult, tokens: float) -> dict[str, float]:
+    """How long `tokens` tokens take at the simulated speed, and the GPU hours they use."""
+    seconds = tokens / result.tokens_per_s
+    return {"days": seconds / SECONDS_PER_DAY, "gpu_hours": seconds / 3600 * result.layout["gpus"]}

@@ -1,0 +1,271 @@
+"""The transformer that a ModelSpec describes, in plain torch: no process groups, no mixed precision, no tricks.
+
+Shapes are in the names: B batch, S sequence, D model width (hidden), F feed-forward width (ffn), H query heads,
+K key and value heads, E head size, C the heads of a tensor side by side, V vocabulary.
+
+[Note: built without random numbers]
+Building must cost nothing and work on `meta`, under FakeTensorMode and on a simulated device, for 175 B parameters as
+well. So the layers here leave their matrices as `empty` made them, and `initialize_weights` fills them where a model
+is really trained. Until then a model on a real device computes with whatever its memory held.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from .models import ModelSpec
+
+RECOMPUTE = ("none", "selective", "full")
+
+ROPE_BASE = 10_000.0
+"""Wavelengths of rotary positions, Su et al. 2021, section 3.2.2. Llama 3 takes 500,000: other angles, same cost."""
+
+INITIAL_STD = 0.02
+"""Radford et al. 2018, section 4.1."""
+
+
+class Linear(nn.Linear):
+    """nn.Linear, left empty: see [Note: built without random numbers]."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, left empty: see [Note: built without random numbers]."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def make_norm(spec: ModelSpec) -> nn.Module:
+    if spec.norm == "rmsnorm":
+        return nn.RMSNorm(spec.hidden, eps=1e-5)
+    return nn.LayerNorm(spec.hidden, eps=1e-5, bias=spec.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; each key and value head serves H / K neighbouring query heads."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.head_size = spec.head_size
+        self.widths = [spec.hidden, spec.kv_heads * spec.head_size, spec.kv_heads * spec.head_size]
+        self.grouped = spec.kv_heads < spec.heads
+        self.causal = spec.attention == "causal"
+        self.qkv = Linear(spec.hidden, sum(self.widths), bias=spec.bias)
+        self.output = Linear(spec.hidden, spec.hidden, bias=spec.bias)
+
+    def forward(self, x_BSD: Tensor, rope_2SE: Tensor | None, bias_1HSS: Tensor | None) -> Tensor:
+        q_BSD, k_BSC, v_BSC = self.qkv(x_BSD).split(self.widths, dim=-1)
+        q_BHSE, k_BKSE, v_BKSE = self._heads(q_BSD), self._heads(k_BSC), self._heads(v_BSC)
+        if rope_2SE is not None:
+            q_BHSE, k_BKSE = rotate(q_BHSE, rope_2SE), rotate(k_BKSE, rope_2SE)
+        mixed_BHSE = functional.scaled_dot_product_attention(
+            q_BHSE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=bias_1HSS,
+            is_causal=self.causal and bias_1HSS is None,  # an additive bias holds the mask itself
+            enable_gqa=self.grouped,
+        )
+        return self.output(mixed_BHSE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSC: Tensor) -> Tensor:
+        return x_BSC.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class GeluMlp(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
+        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(functional.gelu(self.up(x_BSD), approximate="tanh"))
+
+
+class SwigluMlp(nn.Module):
+    """Shazeer 2020 (GLU Variants Improve Transformer), equation 6."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate = Linear(spec.hidden, spec.ffn, bias=spec.bias)
+        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
+        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(spec)
+        self.attention = Attention(spec)
+        self.mlp_norm = make_norm(spec)
+        self.mlp = SwigluMlp(spec) if spec.mlp == "swiglu" else GeluMlp(spec)
+
+    def forward(self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS)
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, logits, and the loss if it is given targets.
+
+    Args:
+        spec: the sizes and variants.
+        recompute: what backward computes again instead of keeping it from forward: "none"; "full", each block from
+            its input; "selective", all of a block but its matrix products and attention (the costly results are kept).
+
+    Raises:
+        ValueError: an unknown `recompute`, or a spec with experts.
+    """
+
+    rope: Tensor | None
+    alibi: Tensor | None
+
+    def __init__(self, spec: ModelSpec, recompute: str = "none") -> None:
+        super().__init__()
+        spec.require_dense()
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute = {recompute!r} must be one of {', '.join(map(repr, RECOMPUTE))}")
+        self.spec = spec
+        self.recompute = recompute
+        self.embedding = Embedding(spec.vocab, spec.hidden)
+        self.positions = Embedding(spec.seq, spec.hidden) if spec.positions == "learned" else None
+        self.blocks = nn.ModuleList([Block(spec) for _ in range(spec.layers)])
+        self.norm = make_norm(spec)
+        self.head = None if spec.tied else Linear(spec.hidden, spec.vocab, bias=False)
+        rope = rope_table(spec.seq, spec.head_size) if spec.positions == "rope" else None
+        alibi = alibi_bias(spec.heads, spec.seq, spec.attention == "causal") if spec.positions == "alibi" else None
+        for name, table in (("rope", rope), ("alibi", alibi)):
+            kept = None if table is None else table.to(self.embedding.weight.dtype)
+            self.register_buffer(name, kept, persistent=False)
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy over all positions in fp32 (a scalar) with targets, else the logits BSV.
+
+        Raises:
+            ValueError: longer sequences than the model has positions for.
+        """
+        S = tokens_BS.shape[1]
+        if self.spec.seq < S:
+            raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
+        x_BSD = self.embedding(tokens_BS)
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions.weight[:S]
+        # Cast here, once: a copy made in each block would be kept until its backward.
+        rope_2SE = None if self.rope is None else self.rope[:, :S].to(x_BSD.dtype)
+        bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
+        for block in self.blocks:
+            x_BSD = self._run(block, x_BSD, rope_2SE, bias_1HSS)
+        head = self.embedding if self.head is None else self.head
+        logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
+        if targets_BS is None:
+            return logits_BSV
+        wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
+        return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute == "none":
+            return block(*inputs)
+        # A block has no dropout, so there is no random state worth saving.
+        again = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return again() if self.recompute == "full" else again(context_fn=keep_costly_results)
+
+
+MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+
+
+def keep_costly_results() -> Any:
+    """Contexts for `checkpoint` that keep matrix products and attention, and compute the rest again."""
+    return create_selective_checkpoint_contexts(_selective_policy)
+
+
+def _selective_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Attention goes by its name: each backend has its own operator, and a recorder may put in one more.
+    costly = op in MATMULS or "attention" in str(op)
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def rope_table(seq: int, head_size: int) -> Tensor:
+    """Cosines and sines of the rotary angles, (2, S, E) in fp32; both halves of a head turn by the same angles."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    angles = torch.outer(torch.arange(seq, dtype=torch.float32), ROPE_BASE**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x_BHSE: Tensor, rope_2SE: Tensor) -> Tensor:
+    """Turn the pair (x[i], x[i + E/2]) by the angle of its position and of i."""
+    cosine_SE, sine_SE = rope_2SE.unbind(0)
+    first, second = x_BHSE.chunk(2, dim=-1)
+    return x_BHSE * cosine_SE + torch.cat((-second, first), dim=-1) * sine_SE
+
+
+def alibi_bias(heads: int, seq: int, causal: bool) -> Tensor:
+    """Additive attention bias (1, H, S, S) in fp32: minus slope times distance; minus infinity at what is hidden.
+
+    Press et al. 2022 (ALiBi), section 3: slopes are 2^(-8 i / H), i = 1 to H, for a power of two H; for other H those
+    of the next lower power of two, then every second one of the next higher (their released code).
+    Four dimensions, because fused attention takes no three-dimensional mask.
+    """
+    low = 2 ** math.floor(math.log2(heads))
+    exponents_H = torch.cat(
+        (
+            torch.arange(1, low + 1, dtype=torch.float32) * (-8 / low),
+            torch.arange(1, 2 * (heads - low) + 1, 2, dtype=torch.float32) * (-4 / low),
+        )
+    )
+    place_S = torch.arange(seq, dtype=torch.float32)
+    ahead_SS = place_S[None, :] - place_S[:, None]
+    bias_HSS = torch.exp2(exponents_H)[:, None, None] * -ahead_SS.abs()
+    if causal:
+        bias_HSS = bias_HSS.masked_fill(ahead_SS > 0, -math.inf)
+    return bias_HSS[None]
+
+
+@torch.no_grad()
+def initialize_weights(model: Transformer, seed: int) -> None:
+    """Fill parameters and position tables: matrices normal(0, 0.02), norms one, biases zero.
+
+    The projections back into the residual stream are scaled by 1 / sqrt(2 layers) (Radford et al. 2019, section 2.3).
+    Numbers are drawn on the CPU in fp32, so that a seed means the same weights on every device and in every precision.
+    A model that was built on `meta` and moved by `to_empty` is complete after this.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    residual_std = INITIAL_STD / math.sqrt(2 * model.spec.layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = residual_std if name.endswith(("attention.output.weight", "mlp.down.weight")) else INITIAL_STD
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+    with torch.device("cpu"):
+        if model.rope is not None:
+            model.rope.copy_(rope_table(model.spec.seq, model.spec.head_size))
+        if model.alibi is not None:
+            model.alibi.copy_(alibi_bias(model.spec.heads, model.spec.seq, model.spec.attention == "causal"))
+
+
+def for_flight(
+    spec: ModelSpec, recompute: str, batch: int, seq: int
+) -> tuple[Transformer, Callable[[], tuple[Tensor, Tensor]]]:
+    """What a flight needs (engine/pilot.py): the model, and a function that makes tokens and targets [batch, seq]."""
+
+    def make_batch() -> tuple[Tensor, Tensor]:
+        tokens = torch.empty(batch, seq, dtype=torch.int64)
+        return tokens, torch.empty_like(tokens)
+
+    return Transformer(spec, recompute), make_batch
