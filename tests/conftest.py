@@ -1,0 +1,47 @@
+"""Worlds of Gloo ranks that start once per session, and are started again when a test has ended one."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from windtunnel.engine.world import World
+
+settings.register_profile("windtunnel", deadline=None)  # a deadline is a timed assertion, and machines are busy
+settings.load_profile("windtunnel")
+
+WorldOf = Callable[[int], World]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The models are tiny: more threads would only take the ranks' cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world_of() -> Iterator[WorldOf]:
+    """`world_of(size)` is a living world of that size; ask again after a test that may have ended it."""
+    worlds: dict[int, World] = {}
+
+    def living(size: int) -> World:
+        if size not in worlds or not worlds[size].alive:
+            worlds[size] = World(size, timeout_s=20.0, threads=1)
+        return worlds[size]
+
+    yield living
+    for world in worlds.values():
+        world.close()
+
+
+# The worlds below last for the session; only the look-up is repeated for each test, so that it finds a living one.
+
+
+@pytest.fixture
+def two_ranks(world_of: WorldOf) -> World:
+    return world_of(2)
+
+
+@pytest.fixture
+def four_ranks(world_of: WorldOf) -> World:
+    return world_of(4)

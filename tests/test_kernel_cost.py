@@ -1,0 +1,181 @@
+"""Kernel costs against hand counts, physical bounds and measurements."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from windtunnel.collectives.trace import Kernel
+from windtunnel.sim.hardware import KernelCurve, MatmulPoint, Processor, load_processor, processor_names
+from windtunnel.sim.kernel import KernelCost, kernel_seconds
+
+A100 = load_processor("a100-80gb")
+GPUS = [load_processor(name) for name in processor_names()]
+CURVE = KernelCurve(name="add", dtype="fp32", points=((1e3, 2e-6), (1e5, 1e-5), (1e7, 1e-3)))
+DEFAULT = KernelCurve(name="default", dtype="fp32", points=((1e6, 1e-3),))
+POINTS = tuple(
+    MatmulPoint(dtype="fp32", batch=1, m=size, n=size, k=size, flops_per_s=rate)
+    for size, rate in ((64, 1e10), (256, 4e10), (1024, 8e10), (2048, 9e10), (4096, 7e10))
+)
+MEASURED = replace(
+    A100,
+    matmul_points=POINTS,
+    kernel_curves=(CURVE, DEFAULT),
+    sources={**A100.sources, "matmul_points": "a test", "kernel_curves": "a test"},
+)
+
+
+def matmul(m: int, n: int, k: int, batch: int = 1, dtype: str = "fp16", itemsize: int = 2) -> Kernel:
+    read, write = batch * (m * k + k * n) * itemsize, batch * m * n * itemsize
+    return Kernel("mm", "matmul", 2.0 * batch * m * n * k, read, write, dtype, (batch, m, n, k))
+
+
+def memory(nbytes: int, name: str = "add", dtype: str = "fp32") -> Kernel:
+    return Kernel(name, "memory", 0.0, nbytes - nbytes // 3, nbytes // 3, dtype, (nbytes,))
+
+
+def arithmetic_s(kernel: Kernel, processor: Processor) -> float:
+    """What the kernel takes beyond the time of one that does nothing."""
+    return kernel_seconds(kernel, processor) - processor.kernel_floor_s
+
+
+def test_a_tile_more_costs_a_wave() -> None:
+    # 108 multiprocessors and one size of tile, 64 x 64: 12 x 9 tiles fill a wave, a row more starts a second.
+    processor, k = replace(A100, tile=(64, 64)), 65536
+    wave_s = 2 * 64 * 64 * k * 108 / (312e12 * 0.822)
+    assert arithmetic_s(matmul(12 * 64, 9 * 64, k), processor) == pytest.approx(wave_s)
+    assert arithmetic_s(matmul(12 * 64 + 1, 9 * 64, k), processor) == pytest.approx(2 * wave_s)
+    assert arithmetic_s(matmul(1, 1, k), processor) == pytest.approx(wave_s)
+
+
+def test_smaller_tiles_fill_a_wave_that_would_be_idle() -> None:
+    # 12 x 9 tiles of 128 x 256 fill a wave. With a row more, 25 x 18 = 450 tiles of 64 x 128 take 5 waves of 108, each
+    # a quarter as long but for a tile that loads twice the bytes per FLOP: 5/4 (1 + 1/4). Other tiles are slower.
+    k = 65536
+    wave_s = 2 * 128 * 256 * k * 108 / (312e12 * 0.822)
+    assert arithmetic_s(matmul(12 * 128, 9 * 256, k), A100) == pytest.approx(wave_s)
+    assert arithmetic_s(matmul(12 * 128 + 1, 9 * 256, k), A100) == pytest.approx(wave_s * 5 / 4 * 5 / 4)
+
+
+def test_the_products_of_a_batch_share_waves() -> None:
+    wave_s = 2 * 128 * 256 * 8192 * 108 / (312e12 * 0.822)
+    assert arithmetic_s(matmul(6 * 128, 6 * 256, 8192, batch=3), A100) == pytest.approx(wave_s)
+
+
+def test_a_skinny_product_waits_for_memory() -> None:
+    kernel = matmul(1, 16384, 16384)
+    traffic_s = (kernel.read_bytes + kernel.write_bytes) / (2.039e12 * A100.memory_efficiency)
+    assert kernel_seconds(kernel, A100) == pytest.approx(A100.kernel_floor_s + traffic_s)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "sizes", "tflops"),
+    [
+        # hw_microbench hw-0002 to hw-0007 (the large square ones set matmul_efficiency) and hw-0082.
+        ("a100-80gb", "fp16", (2048, 2048, 2048), 221.8),
+        ("a100-80gb", "fp16", (4096, 4096, 4096), 228.0),
+        ("a100-80gb", "fp16", (1024, 2145, 1024), 132.8),
+        ("a100-80gb", "fp16", (6144, 12288, 12288), 250.8),
+        ("a100-80gb", "bf16", (1024, 10240, 5120), 271.2),
+        # hw-0085.
+        ("h100-sxm", "bf16", (2048, 2048, 13312), 794.5),
+    ],
+)
+def test_measured_products_are_met(gpu: str, dtype: str, sizes: tuple[int, int, int], tflops: float) -> None:
+    seconds = kernel_seconds(matmul(*sizes, dtype=dtype), load_processor(gpu))
+    assert 2 * math.prod(sizes) / seconds / 1e12 == pytest.approx(tflops, rel=0.2)
+
+
+@given(
+    gpu=st.sampled_from(GPUS),
+    sizes=st.tuples(*[st.integers(1, 20_000)] * 3),
+    batch=st.integers(1, 64),
+    dtype=st.sampled_from(["fp32", "fp16"]),
+)
+def test_no_product_beats_the_hardware(gpu: Processor, sizes: tuple[int, int, int], batch: int, dtype: str) -> None:
+    kernel = matmul(*sizes, batch=batch, dtype=dtype)
+    seconds = kernel_seconds(kernel, gpu)
+    assert seconds >= kernel.flops / gpu.peak_flops[dtype]
+    assert seconds >= (kernel.read_bytes + kernel.write_bytes) / gpu.memory_bytes_per_s
+    assert seconds >= gpu.kernel_floor_s
+
+
+@given(sizes=st.tuples(*[st.integers(1, 5_000)] * 3), axis=st.integers(0, 2), more=st.integers(0, 5_000))
+def test_a_larger_product_never_takes_less(sizes: tuple[int, int, int], axis: int, more: int) -> None:
+    larger = [size + more * (i == axis) for i, size in enumerate(sizes)]
+    assert kernel_seconds(matmul(*larger), A100) >= kernel_seconds(matmul(*sizes), A100)
+
+
+@given(gpu=st.sampled_from(GPUS), family=st.sampled_from(["attention", "convolution"]), flops=st.floats(0, 1e15))
+def test_fused_kernels_keep_within_the_hardware(gpu: Processor, family: str, flops: float) -> None:
+    kernel = Kernel("op", family, flops, 1 << 20, 1 << 20, "fp16", (1, 8, 128, 128, 64))
+    share = gpu.attention_efficiency if family == "attention" else gpu.matmul_efficiency
+    traffic_s = (2 << 20) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
+    expected_s = gpu.kernel_floor_s + max(flops / (gpu.peak_flops["fp16"] * share), traffic_s)
+    assert kernel_seconds(kernel, gpu) == pytest.approx(expected_s)
+
+
+@given(nbytes=st.integers(0, 1 << 34), more=st.integers(0, 1 << 34))
+def test_memory_kernels_move_bytes_at_the_achieved_bandwidth(nbytes: int, more: int) -> None:
+    seconds = kernel_seconds(memory(nbytes, dtype="int64"), A100)
+    assert seconds == pytest.approx(A100.kernel_floor_s + nbytes / (2.039e12 * A100.memory_efficiency))
+    assert kernel_seconds(memory(nbytes + more), A100) >= seconds
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: str(point.m))
+def test_interpolation_goes_through_the_measured_products(point: MatmulPoint) -> None:
+    kernel = matmul(point.m, point.n, point.k, dtype="fp32", itemsize=4)
+    assert kernel_seconds(kernel, MEASURED) == pytest.approx(max(kernel.flops / point.flops_per_s, 2e-6))
+
+
+@given(sizes=st.tuples(*[st.integers(1, 10_000)] * 3), batch=st.integers(1, 16))
+def test_an_interpolated_rate_lies_between_the_measured(sizes: tuple[int, int, int], batch: int) -> None:
+    kernel = matmul(*sizes, batch=batch, dtype="fp32", itemsize=4)
+    seconds = kernel_seconds(kernel, MEASURED)
+    assert seconds == A100.kernel_floor_s or 1e10 * 0.999 <= kernel.flops / seconds <= 9e10 * 1.001
+    assert seconds >= A100.kernel_floor_s
+
+
+def test_a_type_without_measured_products_takes_the_roofline() -> None:
+    assert kernel_seconds(matmul(512, 512, 512), MEASURED) == kernel_seconds(matmul(512, 512, 512), A100)
+
+
+@pytest.mark.parametrize(("nbytes", "seconds"), CURVE.points)
+def test_a_curve_goes_through_its_points(nbytes: float, seconds: float) -> None:
+    assert kernel_seconds(memory(int(nbytes)), MEASURED) == pytest.approx(seconds)
+
+
+def test_a_curve_between_and_beyond_its_points() -> None:
+    between = kernel_seconds(memory(10**6), MEASURED)
+    assert between == pytest.approx(math.sqrt(1e-5 * 1e-3))  # 1e6 is half-way from 1e5 to 1e7 in log space
+    assert kernel_seconds(memory(10**9), MEASURED) == pytest.approx(1e-1)  # at the bandwidth of the last point
+    assert kernel_seconds(memory(10), MEASURED) == A100.kernel_floor_s
+
+
+def test_curves_are_found_by_name_then_type_then_default() -> None:
+    assert kernel_seconds(memory(1000, dtype="int64"), MEASURED) == pytest.approx(2e-6)
+    assert kernel_seconds(memory(10**6, name="cat"), MEASURED) == pytest.approx(1e-3)
+    attention = Kernel("add", "attention", 1e15, 10**5, 0, "fp16", (1, 1, 1, 1, 1))
+    assert kernel_seconds(attention, MEASURED) == pytest.approx(1e-5)
+    other = replace(attention, name="attend")  # "default" stands for ops of family "memory" only
+    assert kernel_seconds(other, MEASURED) == kernel_seconds(other, A100)
+
+
+@pytest.mark.parametrize("family", ["matmul", "attention", "convolution"])
+def test_an_unsupported_type_is_named(family: str) -> None:
+    kernel = replace(matmul(64, 64, 64, dtype="bf16"), family=family)
+    with pytest.raises(ValueError, match=r"'bf16'.*'v100-16gb' does not have; it has fp64, fp32, fp16") as error:
+        kernel_seconds(kernel, load_processor("v100-16gb"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_family_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown family 'sparse'; known: matmul, attention, convolution, memory"):
+        kernel_seconds(replace(memory(1), family="sparse"), A100)
+
+
+def test_the_cache_answers_as_the_function() -> None:
+    cost = KernelCost(A100)
+    for kernel in (matmul(256, 256, 256), memory(1 << 20), matmul(256, 256, 256)):
+        assert cost(kernel) == kernel_seconds(kernel, A100)
