@@ -19,13 +19,13 @@ class ProofError(ValueError):
     """A program that does not do what its collective promises; the message names rank, step and op."""
 
 
-def prove(kind: str, algorithm: Algorithm, world: int) -> None:
+def prove(algorithm: Algorithm, world: int) -> None:
     """Check one algorithm at one world size: contributions, matching of sends and receives, absence of deadlock.
 
     Raises:
-        ProofError: naming the first rank and chunk, or the stuck ops, that break the promise of `kind`.
+        ProofError: naming the first rank and chunk, or the stuck ops, that break the promise of its kind.
     """
-    programs = [algorithm(rank, world) for rank in range(world)]
+    kind, programs = algorithm.kind, algorithm.programs(world)
     held = contributions(programs, _initial(kind, world))
     everyone = Counter(range(world))
     for rank in range(world):

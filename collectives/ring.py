@@ -28,9 +28,16 @@ def ring_all_reduce(rank: int, world: int) -> Program:
     return ring_reduce_scatter(rank, world) + ring_all_gather(rank, world)
 
 
+def _every_rank_alike(world: int) -> int:
+    return 1
+
+
 RING: dict[str, Algorithm] = {
-    "all_reduce": ring_all_reduce,
-    "reduce_scatter": ring_reduce_scatter,
-    "all_gather": ring_all_gather,
+    kind: Algorithm(kind, "ring", program, period=_every_rank_alike)
+    for kind, program in (
+        ("all_reduce", ring_all_reduce),
+        ("reduce_scatter", ring_reduce_scatter),
+        ("all_gather", ring_all_gather),
+    )
 }
 """The ring algorithm of each collective, by the collective's name."""

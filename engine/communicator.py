@@ -1,12 +1,13 @@
 """The one door from the engine to the network: typed methods, async handles, a ledger, and no wait without an end.
 
 `GlooCommunicator` (engine/gloo.py) plays our own programs over sockets, `NativeCommunicator` here calls NCCL, and
-`SimCommunicator` (engine/flight.py) only writes down what would be sent. All of them work in place on a flat buffer cut
-in as many equal chunks as there are ranks; chunk r belongs to rank r.
+`SimCommunicator` (engine/flight.py) only writes down what would be sent. All of them work in place on a flat buffer.
+Where ranks hold parts of it, it is cut in as many equal parts as there are ranks, and part r belongs to rank r.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class CommunicationError(RuntimeError):
 
 
 class Entry(NamedTuple):
-    """One kind of call in the ledger. `algorithm` is "ring" where our program was played, else "native"."""
+    """One kind of call in the ledger. `algorithm` names the program of ours that was played, or is "native"."""
 
     kind: str
     axis: str
@@ -43,6 +44,23 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.elements} {self.dtype} on axis {self.axis!r} ({self.algorithm})"
+
+
+class Call(NamedTuple):
+    """One collective as it was asked for.
+
+    Attributes:
+        buffer: [n], worked on in place.
+        label: what an error calls it.
+        largest: an all-reduce takes the maximum instead of the sum.
+        root: the rank whose values are broadcast, or that gets the sum of a reduce.
+    """
+
+    entry: Entry
+    buffer: Tensor
+    label: str
+    largest: bool = False
+    root: int = 0
 
 
 class Handle(Protocol):
@@ -82,32 +100,52 @@ class Communicator(ABC):
         return self._start("all_reduce", buffer, label, largest=largest, scalar=scalar)
 
     def reduce_scatter(self, buffer: Tensor, label: str) -> Handle:
-        """Sum of every rank's `buffer` [n], n a multiple of the world: rank r gets chunk r, the rest is overwritten."""
+        """Sum of every rank's `buffer` [n], n a multiple of the world: rank r gets part r, the rest is overwritten."""
         return self._start("reduce_scatter", buffer, label)
 
     def all_gather(self, buffer: Tensor, label: str) -> Handle:
-        """Chunk r of `buffer` [n] goes from rank r to every rank."""
+        """Part r of `buffer` [n] goes from rank r to every rank."""
         return self._start("all_gather", buffer, label)
 
-    def _start(self, kind: str, buffer: Tensor, label: str, *, largest: bool = False, scalar: bool = False) -> Handle:
+    def all_to_all(self, buffer: Tensor, label: str) -> Handle:
+        """Part r of `buffer` [n] goes to rank r, and what rank r has for this rank takes its place."""
+        return self._start("all_to_all", buffer, label)
+
+    def broadcast(self, buffer: Tensor, label: str, root: int = 0) -> Handle:
+        """The root's `buffer` [n], on every rank."""
+        return self._start("broadcast", buffer, label, root=root)
+
+    def reduce(self, buffer: Tensor, label: str, root: int = 0) -> Handle:
+        """Sum of every rank's `buffer` [n] on the root; the other ranks' buffers are overwritten."""
+        return self._start("reduce", buffer, label, root=root)
+
+    def replicate(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values to every rank, once, before training: the ledger, which is of training, does not list it."""
+        for tensor in tensors:
+            if self.world > 1:
+                self.perform(Call(self._entry("broadcast", tensor, scalar=True), tensor, "initial values")).wait()
+
+    def _start(
+        self, kind: str, buffer: Tensor, label: str, *, largest: bool = False, root: int = 0, scalar: bool = False
+    ) -> Handle:
         if self.world == 1:
             return DONE
-        algorithm = self.algorithm(kind, buffer.numel() * buffer.element_size(), largest)
-        entry = Entry(kind, self.axis, buffer.numel(), DTYPE_NAMES[buffer.dtype], algorithm, scalar)
+        entry = self._entry(kind, buffer, largest=largest, scalar=scalar)
         self.ledger[entry] += 1
-        return self.perform(entry, buffer, label, largest)
+        return self.perform(Call(entry, buffer, label, largest, root))
+
+    def _entry(self, kind: str, buffer: Tensor, *, largest: bool = False, scalar: bool = False) -> Entry:
+        dtype = DTYPE_NAMES.get(buffer.dtype, str(buffer.dtype))
+        algorithm = self.algorithm(kind, buffer.numel() * buffer.element_size(), largest)
+        return Entry(kind, self.axis, buffer.numel(), dtype, algorithm, scalar)
 
     def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
         """Name of the algorithm that `perform` is to use."""
         return "native"
 
     @abstractmethod
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
-        """Start the collective that `entry` describes."""
-
-    @abstractmethod
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        """Rank 0's values to every rank, once, before training."""
+    def perform(self, call: Call) -> Handle:
+        """Start a collective."""
 
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Give back threads; nothing may be under way."""
@@ -122,11 +160,8 @@ class SoloCommunicator(Communicator):
     def __init__(self, axis: str = "data") -> None:
         super().__init__(axis, rank=0, world=1)
 
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+    def perform(self, call: Call) -> Handle:
         return DONE
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        pass
 
 
 class NativeCommunicator(Communicator):
@@ -136,12 +171,8 @@ class NativeCommunicator(Communicator):
         super().__init__(axis, group.rank(), group.size())
         self.group = group
 
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
-        return NativeHandle(native_collective(self.group, entry.kind, buffer, largest), entry)
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            native_collective(self.group, "broadcast", tensor, largest=False).wait()
+    def perform(self, call: Call) -> Handle:
+        return NativeHandle(native_collective(self.group, call), call.entry)
 
 
 class NativeHandle:
@@ -156,17 +187,26 @@ class NativeHandle:
             raise CommunicationError(f"{self.entry} failed: {error}") from None
 
 
-def native_collective(group: dist.ProcessGroup, kind: str, buffer: Tensor, largest: bool) -> dist.Work:
-    """Start the backend's own version of a collective, in place on `buffer` [n].
+def native_collective(group: dist.ProcessGroup, call: Call) -> dist.Work:
+    """Start the backend's own version of a collective, in place on its buffer.
 
     The only calls of c10d collectives: torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor`.
     """
+    kind, buffer = call.entry.kind, call.buffer
     if kind == "broadcast":
-        return group.broadcast([buffer], dist.BroadcastOptions())
+        from_root = dist.BroadcastOptions()
+        from_root.rootRank = call.root
+        return group.broadcast([buffer], from_root)
+    if kind == "reduce":
+        to_root = dist.ReduceOptions()
+        to_root.rootRank = call.root
+        return group.reduce([buffer], to_root)
     if kind == "all_reduce":
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if call.largest else dist.ReduceOp.SUM)
         return group.allreduce([buffer], options)
+    if kind == "all_to_all":
+        return group.alltoall_base(buffer, buffer.clone(), [], [], dist.AllToAllOptions())
     mine = buffer.view(group.size(), -1)[group.rank()]
     if kind == "reduce_scatter":
         return group._reduce_scatter_base(mine, buffer, dist.ReduceScatterOptions())

@@ -121,13 +121,13 @@ class Engine(nn.Module):
             communicator.observer.enter("initialize", part.block)
             dtype = DTYPES.get(settings.precision, part.dtype)
             unit = FlatUnit(part, settings.zero, communicator, dtype, communicator.observer)
-            communicator.broadcast([unit.full])
+            communicator.replicate([unit.full])
             unit.take_shard()
             flat.append(unit)
         communicator.observer.enter("initialize.end", -1)
         with communicator.observer.category("buffers"):
             _narrow_buffers(model, settings)
-        communicator.broadcast(list(model.buffers()))
+        communicator.replicate(model.buffers())
         self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, loss_scale=settings.loss_scale)
 

@@ -7,7 +7,7 @@ import importlib
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..collectives.trace import Collective, Trace
-from .communicator import Communicator, Entry, Handle
+from .communicator import Call, Communicator, Handle
 from .engine import initialize
 from .partition import repeated_blocks
 from .pilot import Plan
@@ -32,12 +32,13 @@ class SimCommunicator(Communicator):
         super().__init__(axis, rank=0, world=world)
         self.observer = self.recorder = recorder
 
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
-        what = label.partition(" of ")[0]  # without the block, which a repeated segment cannot name
+    def perform(self, call: Call) -> Handle:
+        entry = call.entry
+        what = call.label.partition(" of ")[0]  # without the block, which a repeated segment cannot name
         op = Collective(entry.kind, entry.axis, entry.elements, entry.dtype, None, what, entry.scalar)
         return _SimHandle(self.recorder, self.recorder.collective(op))
 
-    def broadcast(self, tensors: list[Tensor]) -> None:
+    def replicate(self, tensors: Iterable[Tensor]) -> None:
         """Happens before training, which is not priced."""
 
 

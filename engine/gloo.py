@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import Store
 
 from ..collectives.program import Program, Reduce, Send, chunk_bounds
 from ..collectives.ring import RING
-from .communicator import DTYPE_NAMES, CommunicationError, Communicator, Entry, Handle, native_collective
+from .communicator import Call, CommunicationError, Communicator, Entry, Handle, native_collective
 from .wire import written_bytes
 
 NATIVE_BELOW_BYTES: dict[str, float] = {"all_reduce": math.inf, "reduce_scatter": 0, "all_gather": 0}
@@ -42,10 +42,7 @@ POLL_S = 0.05
 class _Play(NamedTuple):
     """A collective in the queue of the progress thread."""
 
-    entry: Entry
-    buffer: Tensor
-    label: str
-    largest: bool
+    call: Call
     done: "Future[None]"
 
 
@@ -65,7 +62,7 @@ class GlooCommunicator(Communicator):
         self.native_below_bytes = NATIVE_BELOW_BYTES
         self.metered = False
         self.wire_bytes: dict[Entry, int] = {}
-        self.programs: dict[str, Program] = {kind: ring(self.rank, self.world) for kind, ring in RING.items()}
+        self.programs: dict[str, Program] = {kind: ring.program(self.rank, self.world) for kind, ring in RING.items()}
         self._inbox = torch.empty(0, dtype=torch.uint8)
         self._sequence = 0
         self._queue: queue.SimpleQueue[_Play | None] = queue.SimpleQueue()
@@ -74,20 +71,15 @@ class GlooCommunicator(Communicator):
         self._thread.start()
 
     def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
-        return "native" if largest or nbytes < self.native_below_bytes.get(kind, 0) else "ring"
+        ours = kind in self.programs and not largest and nbytes >= self.native_below_bytes.get(kind, 0)
+        return "ring" if ours else "native"
 
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
+    def perform(self, call: Call) -> Handle:
         if self._failure is not None:
             raise self._failure
-        play = _Play(entry, buffer, label, largest, Future())
+        play = _Play(call, Future())
         self._queue.put(play)
         return _GlooHandle(play, self.timeout_s + 2 * ANSWER_S)
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-            entry = Entry("broadcast", self.axis, tensor.numel(), dtype, "native", scalar=True)
-            self.perform(entry, tensor, "initial values", largest=False).wait()
 
     def close(self) -> None:
         self._queue.put(None)
@@ -106,24 +98,24 @@ class GlooCommunicator(Communicator):
         """Play, and hand the outcome to whoever waits. After a failure nothing is played any more."""
         try:
             if self._failure is None:
-                self._play(play)
+                self._play(play.call)
         except Exception as error:
-            self._failure = self._explain(play, error)
+            self._failure = self._explain(play.call, error)
         if self._failure is not None:
             play.done.set_exception(self._failure)
         else:
             play.done.set_result(None)
 
-    def _play(self, play: _Play) -> None:
+    def _play(self, call: Call) -> None:
         before = written_bytes() if self.metered else 0
         self._sequence += 1
-        if play.entry.algorithm == "native":
-            work = native_collective(self.group, play.entry.kind, play.buffer, play.largest)
+        if call.entry.algorithm == "native":
+            work = native_collective(self.group, call)
             work.wait(timedelta(seconds=self.timeout_s))
         else:
-            self._play_program(self.programs[play.entry.kind], play.buffer, self._tag(play.entry))
+            self._play_program(self.programs[call.entry.kind], call.buffer, self._tag(call.entry))
         if self.metered:
-            self.wire_bytes[play.entry] = self.wire_bytes.get(play.entry, 0) + written_bytes() - before
+            self.wire_bytes[call.entry] = self.wire_bytes.get(call.entry, 0) + written_bytes() - before
 
     def _tag(self, entry: Entry) -> int:
         """Equal on all ranks only if they play the same call as the same number: others never match, and time out."""
@@ -158,12 +150,12 @@ class GlooCommunicator(Communicator):
             self._inbox = torch.empty(nbytes, dtype=torch.uint8)
         return self._inbox[:nbytes].view(like.dtype)
 
-    def _explain(self, play: _Play, error: Exception) -> CommunicationError:
+    def _explain(self, call: Call, error: Exception) -> CommunicationError:
         """Tell the other ranks what we were doing, hear what they were doing, and name those that differ."""
-        mine = f"number {self._sequence}, {play.entry}"
+        mine = f"number {self._sequence}, {call.entry}"
         others = self._exchange(mine)
         missing = set(range(self.world)) - {self.rank} - set(others)
-        parts = [f"{mine}, {play.label}: {_first_line(error)}"]
+        parts = [f"{mine}, {call.label}: {_first_line(error)}"]
         parts += [f"rank {rank} was in {call}" for rank, call in sorted(others.items()) if call != mine]
         if missing:
             names = ", ".join(f"rank {rank}" for rank in sorted(missing))
@@ -201,5 +193,5 @@ class _GlooHandle:
             self.play.done.result(self.timeout_s)
         except FutureTimeoutError:
             raise CommunicationError(
-                f"{self.play.entry} ({self.play.label}) was not even begun within {self.timeout_s:.0f} s"
+                f"{self.play.call.entry} ({self.play.call.label}) was not even begun within {self.timeout_s:.0f} s"
             ) from None

@@ -27,7 +27,7 @@ def sent_bytes(collective: Collective, group: int) -> int:
     """Bytes that rank 0 sends in a collective over `group` ranks: the sum over the sends of its ring program."""
     if group == 1:
         return 0
-    program = RING[collective.kind](0, group)
+    program = RING[collective.kind].program(0, group)
     return sent_elements(program, chunk_bounds(collective.elements, group)) * DTYPE_BYTES[collective.dtype]
 
 
@@ -53,4 +53,4 @@ def collective_seconds(collective: Collective, group: int, tiers: Sequence[Tier]
 
 @lru_cache(maxsize=4096)
 def _played(kind: str, nbytes: int, group: int, tiers: tuple[Tier, ...]) -> float:
-    return play([RING[kind](rank, group) for rank in range(group)], nbytes, tiers)
+    return play([RING[kind].program(rank, group) for rank in range(group)], nbytes, tiers)

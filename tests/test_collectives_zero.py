@@ -53,7 +53,7 @@ def test_traffic_of_trainable_units(shards: list[int], ranks: int, micro_steps: 
 def test_traffic_equals_that_of_the_rings(stage: int, collectives: list[str], ranks: int, shard: int) -> None:
     """Three micro-steps, written out: the formula knows rounds, the programs know messages."""
     bounds = chunk_bounds(shard * ranks, ranks)
-    sent = sum(sent_elements(RING[kind](0, ranks), bounds) for kind in collectives)
+    sent = sum(sent_elements(RING[kind].program(0, ranks), bounds) for kind in collectives)
     unit = UnitSize(elements=shard * ranks, element_bytes=1)
     assert sent_bytes_per_step([unit], Zero.of_stage(stage), ranks, 3) == sent
 

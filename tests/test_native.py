@@ -32,8 +32,21 @@ def collectives(rank: int, world: int) -> None:
     assert torch.equal(buffer, total)
 
     buffer = data[rank].clone()
-    native.broadcast([buffer])
+    native.replicate([buffer])
     assert torch.equal(buffer, data[0])
+
+    buffer = data[rank].clone()
+    native.broadcast(buffer, "last rank's", root=world - 1).wait()
+    assert torch.equal(buffer, data[world - 1])
+
+    buffer = data[rank].clone()
+    native.reduce(buffer, "sum", root=world - 1).wait()
+    if rank == world - 1:
+        assert torch.equal(buffer, total)
+
+    buffer = data[rank].clone()
+    native.all_to_all(buffer, "exchange").wait()
+    assert torch.equal(buffer, data[:, mine].flatten())
     assert {entry.algorithm for entry in native.ledger} == {"native"}
 
 

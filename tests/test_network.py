@@ -46,7 +46,7 @@ def test_they_agree_on_any_network_of_one_tier(
     kind: str, world: int, nbytes: int, latency_s: float, bytes_per_s: float
 ) -> None:
     tiers = one_tier(latency_s, bytes_per_s)
-    played = play([RING[kind](rank, world) for rank in range(world)], nbytes, tiers)
+    played = play([RING[kind].program(rank, world) for rank in range(world)], nbytes, tiers)
     assert played == pytest.approx(ring_seconds(kind, nbytes, world, tiers), rel=ROUNDING, abs=1e-300)
 
 
@@ -67,7 +67,7 @@ def test_the_closed_form_bounds_a_ring_over_two_tiers(
         Tier(name=name, ranks=ranks, latency_s=latency_s, bytes_per_s=rate)
         for name, ranks, latency_s, rate in zip(("in", "out"), (per_node, world), latencies_s, rates, strict=True)
     ]
-    played = play([RING[kind](rank, world) for rank in range(world)], nbytes, tiers)
+    played = play([RING[kind].program(rank, world) for rank in range(world)], nbytes, tiers)
     assert played <= ring_seconds(kind, nbytes, world, tiers) * (1 + ROUNDING)
     # and no ring is faster than its chunks through the tier between nodes, one after the other
     assert played >= RING_STEPS[kind] * nbytes / world / rates[1] * (1 - ROUNDING)

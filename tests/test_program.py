@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.program import Recv, Reduce, Send, chunk_bounds, sent_elements, show
-from windtunnel.collectives.ring import ring_all_gather, ring_all_reduce
+from windtunnel.collectives.ring import RING
 
 
 @given(elements=st.integers(0, 10_000), parts=st.integers(1, 100))
@@ -37,7 +37,7 @@ def test_sent_elements_counts_sends_only(sizes: list[int], data: st.DataObject) 
 
 
 def test_diagram() -> None:
-    assert show(ring_all_reduce, 3) == "\n".join(
+    assert show(RING["all_reduce"].programs(3)) == "\n".join(
         (
             "rank 0: c2->1 c1+<2 | c1->1 c0+<2 | c0->1 c2<-2 | c2->1 c1<-2",
             "rank 1: c0->2 c2+<0 | c2->2 c1+<0 | c1->2 c0<-0 | c0->2 c2<-0",
@@ -47,7 +47,7 @@ def test_diagram() -> None:
 
 
 def test_diagram_of_a_group_of_one_is_empty() -> None:
-    assert show(ring_all_gather, 1) == "rank 0:"
+    assert show(RING["all_gather"].programs(1)) == "rank 0:"
 
 
 @pytest.mark.parametrize("op", [Send(1, 2), Recv(1, 2), Reduce(1, 2)])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from windtunnel.collectives.program import Program, Recv, Reduce, Send
+from windtunnel.collectives.program import Algorithm, Program, Recv, Reduce, Send
 from windtunnel.collectives.proof import ProofError, check_rendezvous, contributions, prove
 from windtunnel.collectives.ring import RING
 
@@ -19,11 +19,11 @@ KINDS = st.sampled_from(list(RING))
 
 
 def programs_of(kind: str, world: int) -> list[Program]:
-    return [RING[kind](rank, world) for rank in range(world)]
+    return [RING[kind].program(rank, world) for rank in range(world)]
 
 
 def prove_programs(kind: str, programs: list[Program]) -> None:
-    prove(kind, lambda rank, world: programs[rank], len(programs))
+    prove(Algorithm(kind, "mutant", lambda rank, world: programs[rank]), len(programs))
 
 
 def run_on_numbers(kind: str, programs: list[Program]) -> list[list[int]]:

@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [*range(1, 18), 64])
 def test_proof(kind: str, world: int) -> None:
-    prove(kind, RING[kind], world)
+    prove(RING[kind], world)
 
 
 @given(kind=st.sampled_from(KINDS), world=st.integers(1, 24), elements=st.integers(0, 2000))
@@ -33,7 +33,7 @@ def test_steps_and_traffic_equal_the_closed_form(kind: str, world: int, elements
     divide it), r = 2 for an all-reduce and 1 otherwise: Patarasuk and Yuan 2009."""
     rounds = 2 if kind == "all_reduce" else 1
     assert RING_STEPS[kind] == rounds
-    programs = [RING[kind](rank, world) for rank in range(world)]
+    programs = [RING[kind].program(rank, world) for rank in range(world)]
     assert all(len(program) == rounds * (world - 1) for program in programs)
     assert all(sum(isinstance(op, Send) for op in step) == 1 for program in programs for step in program)
     sent = [sent_elements(program, chunk_bounds(elements, world)) for program in programs]

@@ -34,7 +34,7 @@ def test_seconds_are_those_of_the_steps(kind: str, tiers: list[Tier], chunk: int
     crossed = [tier for number, tier in enumerate(tiers) if number == 0 or tiers[number - 1].ranks < group]
     bounds = chunk_bounds(chunk * group, group)
     seconds = 0.0
-    for step in RING[kind](0, group):
+    for step in RING[kind].program(0, group):
         nbytes = sum(bounds[op.chunk][1] - bounds[op.chunk][0] for op in step if isinstance(op, Send))
         seconds += max(t.latency_s for t in crossed) + nbytes / min(t.bytes_per_s for t in crossed)
     assert ring_seconds(kind, chunk * group, group, tiers) == pytest.approx(seconds, rel=ROUNDING, abs=0.0)

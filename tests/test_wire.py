@@ -32,7 +32,7 @@ def messages(kind: str, world: int) -> int:
 def played(entry: Entry, rank: int, world: int) -> int:
     """Payload bytes of the sends in the ring that `entry` names."""
     bounds = chunk_bounds(entry.elements, world)
-    return sent_elements(RING[entry.kind](rank, world), bounds) * ITEM_BYTES[entry.dtype]
+    return sent_elements(RING[entry.kind].program(rank, world), bounds) * ITEM_BYTES[entry.dtype]
 
 
 def play(rank: int, world: int, kind: str, elements: int, times: int) -> tuple[int, int]:
