@@ -10,6 +10,7 @@ _HOMES = {
     "initialize": "engine",
     "Engine": "engine",
     "World": "engine",
+    "register_backend": "engine.backend",
     "simulate": "experiments.simulate",
     "verify": "experiments.verify",
     "calibrate": "experiments.calibrate",

@@ -1,9 +1,19 @@
 """Describes: what a group of ranks does together, as pure data. Standard library only.
 
 program     Send, Recv, Reduce; a step posts together, a program is one rank's steps; how a buffer is cut in chunks
-ring        ring reduce-scatter, all-gather and all-reduce as programs
-proof       plays programs on sets of contributions, and on the in-order rendezvous rule
-tiers       a cluster seen by a collective: latency and bandwidth per tier; closed-form times
+ring        rings, one way and both ways, and pipelined chains as programs
+halving     recursive halving and doubling, for any number of ranks
+tree        binomial trees; two binary trees at once, pipelined
+exchange    all-to-all by pairwise exchange; everyone to everyone in one step
+hierarchy   collectives on a grid of GPUs, nodes and pods
+algorithms  the catalogue: every algorithm of every collective by name
+rendezvous  which ops meet and in which round, or why they never do
+proof       plays programs on sets of contributions
+diagram     an algorithm as the picture one would draw of it
+coalesce    which of many small tensors travel in one collective
+tiers       a cluster seen by a collective: latency and bandwidth per tier; the closed form of a ring
+costs       the closed form of every algorithm: its seconds without its program
+choice      the fastest algorithm by network and size; where it changes
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 trace       what one rank did in a training step: segments of ops, calls of segments, repetition
 trace_file  a trace as JSON, and back

@@ -9,9 +9,11 @@ its sends have left and its receives have arrived; what arrived is then applied 
 from one rank to another are matched in the order in which both list them.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from functools import partial
+from itertools import pairwise, starmap, zip_longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,21 @@ class Reduce:
 Op = Send | Recv | Reduce
 Step = tuple[Op, ...]
 Program = tuple[Step, ...]
+Runs = tuple[tuple[int, int], ...]
+"""(chunk, count) of each of some runs of chunks that lie side by side."""
+
 Bounds = tuple[tuple[int, int], ...]
 """(start, stop) of each chunk of a buffer, in elements."""
+
+
+def between(start: int, stop: int) -> Runs:
+    """The one run from chunk `start` up to `stop`."""
+    return ((start, stop - start),)
+
+
+def post(op: type[Send] | type[Recv] | type[Reduce], peer: int, runs: Runs) -> Step:
+    """One op with a peer for each run."""
+    return tuple(starmap(partial(op, peer), runs))
 
 
 def chunk_names(chunk: int, count: int) -> str:
@@ -65,6 +80,11 @@ def chunk_names(chunk: int, count: int) -> str:
 def one_chunk_per_rank(world: int) -> tuple[int, ...]:
     """The cut of most algorithms: as many chunks as ranks."""
     return (world,)
+
+
+def whole_buffer(world: int) -> tuple[int, ...]:
+    """The cut of an algorithm whose every message is all of the buffer."""
+    return (1,)
 
 
 def no_symmetry(world: int) -> int:
@@ -98,8 +118,18 @@ class Algorithm:
         return f"{self.name} {self.kind}"
 
     def programs(self, world: int) -> list[Program]:
-        """The programs of all ranks."""
-        return [self.program(rank, world) for rank in range(world)]
+        """The programs of all ranks.
+
+        A large world has a million ops, none of them garbage: the collector is paused, which would look at all of them
+        again and again (half of the time at 512 ranks).
+        """
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return [self.program(rank, world) for rank in range(world)]
+        finally:
+            if collecting:
+                gc.enable()
 
     def bounds(self, elements: int, world: int) -> Bounds:
         """Where the chunks of a buffer of `elements` elements lie."""

@@ -1,156 +1,142 @@
-"""Proves a collective before anyone plays it: who contributed what to each chunk, and whether it can get stuck.
+"""Proves a collective before anyone plays it: who contributed what to each chunk.
 
-Neither torch nor processes are needed: a program is played on multisets of contributing ranks.
+Neither torch nor processes are needed: a program is played on multisets of contributions.
 """
 
-from collections import Counter, deque
+from math import prod
 
-from .program import Algorithm, Program, Recv, Reduce, Send
+from .program import Algorithm, Program, Reduce, Send
+from .rendezvous import Place, ProofError, Rendezvous, rendezvous
 
-Held = list[list[Counter[int]]]
-"""held[rank][chunk] counts, by rank, the contributions in that rank's copy of that chunk."""
+Origin = tuple[int, int]
+"""(rank, chunk) at the start."""
 
+Contributions = dict[Origin, int]
+"""How many times each origin has been added up."""
+
+Held = list[list[Contributions]]
+"""held[rank][chunk] is what is in that rank's copy of that chunk."""
 
 RUBBISH = -1
-"""The contributor of what memory held before: no collective may pass it on."""
-
-
-class ProofError(ValueError):
-    """A program that does not do what its collective promises; the message names rank, step and op."""
+"""The rank from which comes what memory held before: no collective may pass it on."""
 
 
 def prove(algorithm: Algorithm, world: int) -> None:
     """Check one algorithm at one world size: contributions, matching of sends and receives, absence of deadlock.
 
     Raises:
-        ProofError: naming the first rank and chunk, or the stuck ops, that break the promise of its kind.
+        ProofError: naming the first rank and chunk, or the ops, that break the promise of its kind.
     """
-    kind, programs = algorithm.kind, algorithm.programs(world)
-    held = contributions(programs, _initial(kind, world))
-    everyone = Counter(range(world))
-    for rank in range(world):
-        for chunk in range(world):
-            if kind == "reduce_scatter" and chunk != rank:
-                continue
-            wanted = Counter([chunk]) if kind == "all_gather" else everyone
-            if held[rank][chunk] != wanted:
-                raise ProofError(
-                    f"{kind}: rank {rank} ends with {dict(held[rank][chunk])} in chunk {chunk}, not {dict(wanted)}"
-                )
-    check_rendezvous(programs)
+    chunks = prod(algorithm.cut(world))
+    held = contributions(algorithm.programs(world), initial(algorithm.kind, world, chunks), algorithm.kind)
+    for (rank, chunk), promised in wanted(algorithm.kind, world, chunks).items():
+        if held[rank][chunk] != promised:
+            raise ProofError(
+                f"{algorithm} of {world} ranks: rank {rank} ends with {_sum(held[rank][chunk])} in chunk {chunk},"
+                f" not {_sum(promised)}"
+            )
 
 
-def _initial(kind: str, world: int) -> Held:
-    """An all-gather starts with one owner per chunk and rubbish elsewhere; the others with each rank's data in all."""
-    if kind == "all_gather":
-        return [[Counter([rank if chunk == rank else RUBBISH]) for chunk in range(world)] for rank in range(world)]
-    return [[Counter([rank]) for _ in range(world)] for rank in range(world)]
+def initial(kind: str, world: int, chunks: int) -> Held:
+    """What is valid at the start: an all-gather's own part, a broadcast's root; of the others everything."""
+    part = chunks // world
+
+    def valid(rank: int, chunk: int) -> bool:
+        match kind:
+            case "all_gather":
+                return chunk // part == rank
+            case "broadcast":
+                return rank == 0
+            case _:
+                return True
+
+    return [[{(rank if valid(rank, chunk) else RUBBISH, chunk): 1} for chunk in range(chunks)] for rank in range(world)]
 
 
-def contributions(programs: list[Program], held: Held) -> Held:
-    """Play all ranks' programs, messages matched in order per pair of ranks (Gloo's tags, NCCL's order).
+def wanted(kind: str, world: int, chunks: int) -> dict[tuple[int, int], Contributions]:
+    """What each (rank, chunk) that a kind makes promises about must hold at the end."""
+    part = chunks // world
+    everywhere = [(rank, chunk) for rank in range(world) for chunk in range(chunks)]
+    sums = [{(rank, chunk): 1 for rank in range(world)} for chunk in range(chunks)]
+    match kind:
+        case "all_reduce":
+            return {(rank, chunk): sums[chunk] for rank, chunk in everywhere}
+        case "reduce_scatter":
+            return {(rank, chunk): sums[chunk] for rank, chunk in everywhere if chunk // part == rank}
+        case "all_gather":
+            return {(rank, chunk): {(chunk // part, chunk): 1} for rank, chunk in everywhere}
+        case "broadcast":
+            return {(rank, chunk): {(0, chunk): 1} for rank, chunk in everywhere}
+        case "reduce":
+            return {(0, chunk): sums[chunk] for chunk in range(chunks)}
+        case "all_to_all":
+            return {(rank, chunk): {(chunk // part, rank * part + chunk % part): 1} for rank, chunk in everywhere}
+        case _:
+            raise ValueError(f"kind = {kind!r}: there is no promise to prove")
 
-    A rank goes on when all receives of its step have arrived; sends are buffered.
+
+def contributions(programs: list[Program], held: Held, kind: str) -> Held:
+    """Play all ranks' programs under rendezvous, from what they hold.
+
+    Args:
+        kind: only in an all-to-all, whose chunks are equally long, may a message change its place in the buffer.
 
     Raises:
-        ProofError: a receive that is never fed, an unreceived send, or a chunk sent where another is awaited.
+        ProofError: ops that never meet, chunks that do not exist, or chunks sent where others are awaited.
     """
-    held = [[chunk.copy() for chunk in rank] for rank in held]
-    wires: dict[tuple[int, int], deque[tuple[int, Counter[int]]]] = {}
-    at = [0] * len(programs)
-    posted = [False] * len(programs)
-    progress = True
-    while progress:
-        progress = False
-        for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                step = program[at[rank]]
-                if not posted[rank]:
-                    for op in step:
-                        if isinstance(op, Send):
-                            message = (op.chunk, held[rank][op.chunk].copy())
-                            wires.setdefault((rank, op.peer), deque()).append(message)
-                    posted[rank] = True
-                    progress = True
-                if not _arrived(rank, program, at[rank], wires):
-                    break
-                _receive(rank, program, at[rank], wires, held)
-                at[rank], posted[rank], progress = at[rank] + 1, False, True
+    held = [list(chunks) for chunks in held]
+    _check_chunks(programs, len(held[0]))
+    meetings = rendezvous(programs)
+    _check_pairs(programs, meetings, kind)
+    under_way: dict[Place, list[Contributions]] = {}
+
+    def receive(rank: int, at: int) -> None:
+        for number, op in enumerate(programs[rank][at]):
+            if not isinstance(op, Send):
+                message = under_way.pop(meetings.source[Place(rank, at, number)])
+                for chunk, arrived in enumerate(message, start=op.chunk):
+                    held[rank][chunk] = _added(held[rank][chunk], arrived) if isinstance(op, Reduce) else arrived
+
+    for rank, at in meetings.posted:
+        if at > 0:  # whatever the step before waited for has been posted by now
+            receive(rank, at - 1)
+        for number, op in enumerate(programs[rank][at]):
+            if isinstance(op, Send):
+                under_way[Place(rank, at, number)] = held[rank][op.chunk : op.chunk + op.count]
     for rank, program in enumerate(programs):
-        if at[rank] < len(program):
-            raise ProofError(f"rank {rank} waits for ever in step {at[rank]}: {' '.join(map(str, program[at[rank]]))}")
-    for (source, target), left in wires.items():
-        if left:
-            raise ProofError(f"rank {source} sends chunk {left[0][0]} to rank {target}, which never receives it")
+        if program:
+            receive(rank, len(program) - 1)
     return held
 
 
-def _arrived(
-    rank: int, program: Program, at: int, wires: dict[tuple[int, int], deque[tuple[int, Counter[int]]]]
-) -> bool:
-    needed = Counter(op.peer for op in program[at] if not isinstance(op, Send))
-    return all(len(wires.get((peer, rank), ())) >= count for peer, count in needed.items())
+def _added(one: Contributions, other: Contributions) -> Contributions:
+    total = dict(one)
+    for origin, count in other.items():
+        total[origin] = total.get(origin, 0) + count
+    return total
 
 
-def _receive(
-    rank: int, program: Program, at: int, wires: dict[tuple[int, int], deque[tuple[int, Counter[int]]]], held: Held
-) -> None:
-    for op in program[at]:
-        if isinstance(op, Send):
-            continue
-        chunk, message = wires[op.peer, rank].popleft()
-        if chunk != op.chunk:
+def _check_chunks(programs: list[Program], chunks: int) -> None:
+    for rank, program in enumerate(programs):
+        for at, step in enumerate(program):
+            for op in step:
+                if op.chunk < 0 or op.count < 1 or op.chunk + op.count > chunks:
+                    raise ProofError(f"rank {rank} step {at}: {op} names chunks that a buffer of {chunks} has not")
+
+
+def _check_pairs(programs: list[Program], meetings: Rendezvous, kind: str) -> None:
+    """Chunks differ in length: what one side sends must be what the other awaits."""
+    for there, here in meetings.source.items():
+        send, receive = (programs[place.rank][place.step][place.op] for place in (here, there))
+        if send.count != receive.count or (kind != "all_to_all" and send.chunk != receive.chunk):
             raise ProofError(
-                f"rank {rank} step {at} awaits chunk {op.chunk} of rank {op.peer}, which sends chunk {chunk}"
+                f"rank {there.rank} step {there.step}: {receive} meets rank {here.rank} step {here.step}: {send}"
             )
-        held[rank][op.chunk] = held[rank][op.chunk] + message if isinstance(op, Reduce) else message
 
 
-def check_rendezvous(programs: list[Program]) -> None:
-    """No deadlock when a send completes only with its receive, and the messages of a pair of ranks match in order.
-
-    That is NCCL's rule for grouped point-to-point calls: the ops of a step are posted together, the step ends when all
-    of them have met, and only then is the next one posted.
-
-    Raises:
-        ProofError: with each stuck rank and its step.
-    """
-    at = [0] * len(programs)
-    met: list[set[int]] = [set() for _ in programs]
-    progress = True
-    while progress:
-        progress = False
-        for rank, program in enumerate(programs):
-            if at[rank] == len(program):
-                continue
-            for position, op in enumerate(program[at[rank]]):
-                if position in met[rank] or not isinstance(op, Send):
-                    continue
-                if (other := _partner(programs, at, met, rank, position, op)) is not None:
-                    met[rank].add(position)
-                    met[op.peer].add(other)
-                    progress = True
-        for rank, program in enumerate(programs):
-            if at[rank] < len(program) and len(met[rank]) == len(program[at[rank]]):
-                at[rank], met[rank], progress = at[rank] + 1, set(), True
-    stuck = [rank for rank, program in enumerate(programs) if at[rank] < len(program)]
-    if stuck:
-        where = "; ".join(f"rank {r} step {at[r]}: {' '.join(map(str, programs[r][at[r]]))}" for r in stuck)
-        raise ProofError(f"deadlock under in-order rendezvous: {where}")
-
-
-def _partner(
-    programs: list[Program], at: list[int], met: list[set[int]], rank: int, position: int, send: Send
-) -> int | None:
-    """Position of the receive that this send meets, if both are the next of their pair."""
-    earlier = (
-        other
-        for other, op in enumerate(programs[rank][at[rank]][:position])
-        if isinstance(op, Send) and op.peer == send.peer and other not in met[rank]
+def _sum(contributions: Contributions) -> str:
+    """`r0.c2 + 2 r3.c2`."""
+    return " + ".join(
+        f"{count} " * (count > 1) + ("rubbish" if rank == RUBBISH else f"r{rank}.c{chunk}")
+        for (rank, chunk), count in sorted(contributions.items())
     )
-    if next(earlier, None) is not None or at[send.peer] == len(programs[send.peer]):
-        return None
-    for other, op in enumerate(programs[send.peer][at[send.peer]]):
-        if isinstance(op, Recv | Reduce) and op.peer == rank and other not in met[send.peer]:
-            return other
-    return None

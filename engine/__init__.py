@@ -7,7 +7,19 @@ unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
 optimizer       torch optimizers on shards, clipping
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
-gloo            plays our programs on CPU ranks in a progress thread, with timeouts
+compression     ways to send fewer bytes, described, and what each puts on the wire
+codec           rows of numbers as rows of bytes and back
+compressed      a communicator that compresses what goes through it
+one_bit_adam    Adam whose momentum travels as one bit per element
+gloo            plays our programs on CPU ranks, in order, in a thread or by who waits; says who failed
+program         what a rank posts in each step of a program, for any transport
+sockets         moves messages through Gloo
+shared_memory   moves messages through memory that the ranks of a host share
+coalesce        many small tensors in a few collectives
+backend         makes "windtunnel" a backend of torch.distributed
+process_group   the group of that backend: which calls are ours, which Gloo's
+lane            does a group's collectives in the order of the calls; torch's Work
+arena           several tensors in one flat buffer and back
 wire            bytes the kernel says were written
 device          which communicator serves which device
 world           a persistent world of ranks on this machine

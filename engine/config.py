@@ -13,14 +13,27 @@ from typing import Any, Literal
 
 from ..collectives.zero import Zero
 from ..reading import STRICT, nearest, read_into
+from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
+
+DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
+    "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",
+}  # fmt: skip
+"""Our name of a `communication_data_type`; DeepSpeed writes bf16 as "bfp16" there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroSection:
-    """`zero_optimization`: which of optimizer state, gradients and parameters each rank keeps only 1/n of."""
+    """`zero_optimization`: which of optimizer state, gradients and parameters each rank keeps only 1/n of.
+
+    Attributes:
+        zero_quantized_weights: parameters are gathered as int8 blocks (ZeRO++'s qwZ).
+        zero_quantized_gradients: gradients are exchanged as int4 blocks (ZeRO++'s qgZ).
+    """
 
     __pydantic_config__ = STRICT
     stage: int = 0
+    zero_quantized_weights: bool = False
+    zero_quantized_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
@@ -60,6 +73,34 @@ class Fp16Section:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionSection:
+    """`communication_compression`: ours; schemes by name, with the fields of engine/compression.py as options."""
+
+    __pydantic_config__ = STRICT
+    gradients: str | None = None
+    gradient_options: dict[str, Any] = field(default_factory=dict)
+    parameters: str | None = None
+    parameter_options: dict[str, Any] = field(default_factory=dict)
+    min_elements: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.min_elements < 0:
+            raise ValueError(f"min_elements = {self.min_elements}; allowed: at least 0")
+        for name, options in (("gradient", self.gradient_options), ("parameter", self.parameter_options)):
+            if options and getattr(self, f"{name}s") is None:
+                raise ValueError(f"{name}_options = {options} without {name}s; name the scheme that they are for")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What engine/compressed.py does to gradients and to parameters on their way; None leaves them alone."""
+
+    gradients: Scheme | None = None
+    parameters: Cast | BlockQuantized | None = None
+    min_elements: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Json:
     """The keys of the JSON file, as written; None where a batch size is left to be derived from the others."""
 
@@ -72,6 +113,8 @@ class Json:
     optimizer: OptimizerSection | None = None
     bf16: Bf16Section = Bf16Section()
     fp16: Fp16Section = Fp16Section()
+    communication_data_type: Literal["fp16", "bf16", "bfp16", "fp32"] | None = None
+    communication_compression: CompressionSection = CompressionSection()
     seed: int = 1234
 
 
@@ -85,6 +128,7 @@ class Config:
         clip: largest global gradient norm, 0 for none.
         precision: dtype of parameters and gradients: "as is" keeps the model's own.
         loss_scale: what the loss is multiplied by before backward, and the gradients divided by after it.
+        compression: of what travels between ranks.
     """
 
     zero: Zero
@@ -95,6 +139,7 @@ class Config:
     loss_scale: float
     optimizer: OptimizerSection | None
     seed: int
+    compression: Compression = Compression()
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int) -> "Config":
@@ -122,6 +167,7 @@ class Config:
             loss_scale=keys.fp16.loss_scale if keys.fp16.enabled else 1.0,
             optimizer=keys.optimizer,
             seed=keys.seed,
+            compression=_compression(keys, where),
         )
 
 
@@ -140,6 +186,58 @@ def _load(source: str | Path | Mapping[str, Any] | None) -> tuple[str, Mapping[s
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return str(path), data
+
+
+def _compression(keys: Json, where: str) -> Compression:
+    """What DeepSpeed's keys and our section say together.
+
+    Raises:
+        ValueError: two keys for the same traffic, or a scheme that does not go with the ZeRO stage.
+    """
+    zero, section = keys.zero_optimization, keys.communication_compression
+    dtype = keys.communication_data_type
+    gradients = {
+        "communication_data_type": None if dtype is None else Cast(dtype=DATA_TYPES[dtype]),
+        "zero_optimization.zero_quantized_gradients": BlockQuantized(bits=4) if zero.zero_quantized_gradients else None,
+        "communication_compression.gradients": _scheme(section.gradients, section.gradient_options, "gradients", where),
+    }
+    parameters = {
+        "zero_optimization.zero_quantized_weights": BlockQuantized(bits=8) if zero.zero_quantized_weights else None,
+        "communication_compression.parameters": _scheme(
+            section.parameters, section.parameter_options, "parameters", where
+        ),
+    }
+    for_gradients, for_parameters = _only_one(gradients, where), _only_one(parameters, where)
+    if isinstance(for_gradients, ERROR_FEEDBACK) and zero.stage >= 2:
+        raise ValueError(
+            f"{where}: communication_compression.gradients = {section.gradients!r} keeps a whole gradient of what it"
+            f" lost on every rank, which zero_optimization.stage = {zero.stage} is there to avoid; allowed: stage 0 or"
+            " 1, or a scheme without error feedback"
+        )
+    if isinstance(for_parameters, ERROR_FEEDBACK):
+        raise ValueError(
+            f"{where}: communication_compression.parameters = {section.parameters!r}; allowed:"
+            f" {', '.join(name for name, (kind, _) in SCHEMES.items() if kind not in ERROR_FEEDBACK)}"
+        )
+    if for_parameters is not None and zero.stage != 3:
+        key = next(key for key, scheme in parameters.items() if scheme is not None)
+        raise ValueError(
+            f"{where}: {key} is set and zero_optimization.stage = {zero.stage}; allowed: stage 3, which keeps exact"
+            " parameters apart from the gathered ones"
+        )
+    return Compression(gradients=for_gradients, parameters=for_parameters, min_elements=section.min_elements)
+
+
+def _scheme(name: str | None, options: dict[str, Any], what: str, where: str) -> Scheme | None:
+    return None if name is None else scheme_named(name, options, f"{where}: communication_compression.{what}")
+
+
+def _only_one(schemes: Mapping[str, Scheme | None], where: str) -> Any:
+    """The scheme that one of the keys gives, or None."""
+    given = {key: scheme for key, scheme in schemes.items() if scheme is not None}
+    if len(given) > 1:
+        raise ValueError(f"{where}: {' and '.join(given)} are both set; allowed: at most one of them")
+    return next(iter(given.values()), None)
 
 
 def _batch_sizes(keys: Json, ranks: int, where: str) -> tuple[int, int]:

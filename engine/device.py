@@ -31,11 +31,15 @@ def model_device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def communicator_for(device: torch.device, timeout_s: float) -> Communicator:
+def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: bool | None = None) -> Communicator:
     """A communicator over all data-parallel ranks for a model on `device`.
 
     Joins the process group that torchrun or a World describes, unless the process is in one already; a process that
     nobody launched is a group of one.
+
+    Args:
+        timeout_s: how long a rank waits for the others in one collective.
+        shared_memory: whether CPU ranks talk through shared memory; by default they do if all are on one host.
 
     Raises:
         ValueError: a device that no communicator serves.
@@ -56,4 +60,4 @@ def communicator_for(device: torch.device, timeout_s: float) -> Communicator:
         return SoloCommunicator()
     if device.type == "cuda":
         return NativeCommunicator("data", group)
-    return GlooCommunicator("data", group, _get_default_store(), timeout_s)
+    return GlooCommunicator("data", group, _get_default_store(), timeout_s, shared_memory=shared_memory)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .communicator import Communicator
+from .compressed import compressed, uncompressed
 from .config import Config
 from .device import DTYPES, communicator_for, model_device
 from .optimizer import ShardedOptimizer, unsharded
@@ -55,6 +56,7 @@ def initialize(
         raise ValueError("lr_scheduler must be a function of the optimizer, because the sharded one is made here")
     communicator = communicator_for(model_device(model), timeout_s)
     settings = Config.read(getattr(args, "deepspeed_config", None) if config is None else config, communicator.world)
+    communicator = compressed(communicator, settings.compression, settings.seed)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     engine = Engine(model, settings, communicator, pattern, units)
     scheduler = lr_scheduler(engine.optimizer) if lr_scheduler is not None else None
@@ -178,7 +180,8 @@ class Engine(nn.Module):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter whole, by name, on the host. All ranks must call it."""
-        return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
+        with uncompressed(self.communicator):
+            return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers, whole, by the model's own names. All ranks must call it.

@@ -1,37 +1,63 @@
-"""Plays our collective programs over Gloo's point-to-point messages.
+"""Collectives of CPU ranks: our programs, played in order by whoever comes first, a thread or the caller that waits.
 
-A program of many steps does not advance by itself while autograd runs, so each communicator has one progress thread
-that plays programs in the order in which they were started. Gloo's own reduce-scatter sends what an all-reduce sends;
-experiments/bench/collectives.py measures both and where each wins.
+A program of many steps does not advance by itself while autograd runs, so each communicator has one progress thread.
+A caller that waits for a collective plays what is left in the queue itself, which spares the change of threads.
 """
 
-import math
+import hashlib
+import os
 import queue
 import re
+import secrets
+import socket
 import threading
 import time
 import zlib
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections import deque
 from contextlib import suppress
 from datetime import timedelta
-from typing import NamedTuple
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from ..collectives.program import Program, Reduce, Send, chunk_bounds
-from ..collectives.ring import RING
+from ..collectives.algorithms import algorithm, names
+from ..collectives.choice import Selection
 from .communicator import Call, CommunicationError, Communicator, Entry, Handle, native_collective
+from .program import Arrival, Message, Posted, Transport, lower
+from .shared_memory import FOLDER, SharedMemory
+from .sockets import Sockets
 from .wire import written_bytes
 
-NATIVE_BELOW_BYTES: dict[str, float] = {"all_reduce": math.inf, "reduce_scatter": 0, "all_gather": 0}
-"""Buffers smaller than this go to Gloo's own call. Its reduce-scatter sends what an all-reduce sends, and takes 1.3 to
-2.3 times our ring's time; its all-reduce is a ring itself, needs no thread of ours, and wins by 5 to 20 % on 2 ranks
-and breaks even on 4. Its all-gather loses but for buffers below 128 KiB on 2 ranks, where it gains up to 35 us: too
-little to give up that ranks which disagree about a call find out. (experiments/bench/results/collectives.csv)"""
+
+def default_selection(transport: str, world: int) -> Selection:
+    """What is fastest over a transport between ranks of one host (experiments/bench/results/collectives.csv).
+
+    Over sockets a message costs several changes of threads, so few of them win where latency counts. Gloo's own
+    all-reduce is a ring that overlaps adding with receiving, and pays for the handshake that it needs at middling
+    sizes. Through shared memory a step costs little and the copies count.
+    """
+    moves = {"all_to_all": ((0, "direct"),), "broadcast": ((0, "binomial_tree"),), "reduce": ((0, "binomial_tree"),)}
+    if transport == SharedMemory.name:
+        halving = ((0, "halving_doubling"),)
+        sums = ((0, "recursive_doubling"), *(((1 << 20, "halving_doubling"),) if world > 2 else ()))
+        return Selection({"all_reduce": sums, "reduce_scatter": halving, "all_gather": halving, **moves})
+    if world == 2:
+        sums = ((0, "direct"), (1 << 20, "native"), (8 << 20, "ring"))
+        return Selection(
+            {"all_reduce": sums, "reduce_scatter": ((0, "direct"),), "all_gather": ((0, "direct"),), **moves}
+        )
+    return Selection(
+        {
+            "all_reduce": ((0, "recursive_doubling"), (64 << 10, "halving_doubling")),
+            "reduce_scatter": ((0, "direct"),),
+            "all_gather": ((0, "direct"),),
+            **moves,
+        }
+    )
+
 
 ANSWER_S = 3.0
 """How long a rank that failed waits for the others to say what they were doing."""
@@ -39,159 +65,252 @@ ANSWER_S = 3.0
 POLL_S = 0.05
 
 
-class _Play(NamedTuple):
-    """A collective in the queue of the progress thread."""
-
-    call: Call
-    done: "Future[None]"
-
-
 class GlooCommunicator(Communicator):
-    """Our programs, played by a thread, on CPU ranks.
+    """Our programs on CPU ranks.
+
+    Args:
+        group: the ranks; all of them make this communicator at the same time.
+        store: where ranks tell each other why they failed.
+        timeout_s: how long one step of a collective waits for another rank.
+        shared_memory: whether ranks talk through shared memory; by default they do if all are on one host.
 
     Attributes:
-        programs: this rank's program for each kind of collective.
-        native_below_bytes: buffers of a kind that are smaller than this go to Gloo's own call.
+        names: the ranks of the group as the whole world numbers them.
+        selection: which algorithm does each kind of collective, by size; equal on all ranks.
+        transport: what moves the messages.
         wire_bytes: bytes that this process wrote to sockets while it played each entry, headers included; filled
             while `metered` is true.
     """
 
-    def __init__(self, axis: str, group: dist.ProcessGroup, store: Store, timeout_s: float) -> None:
+    def __init__(
+        self,
+        axis: str,
+        group: dist.ProcessGroup,
+        store: Store,
+        timeout_s: float,
+        *,
+        shared_memory: bool | None = None,
+    ) -> None:
         super().__init__(axis, group.rank(), group.size())
         self.group, self.store, self.timeout_s = group, store, timeout_s
-        self.native_below_bytes = NATIVE_BELOW_BYTES
         self.metered = False
         self.wire_bytes: dict[Entry, int] = {}
-        self.programs: dict[str, Program] = {kind: ring.program(self.rank, self.world) for kind, ring in RING.items()}
-        self._inbox = torch.empty(0, dtype=torch.uint8)
+        self.names, self._token, one_host = _introduce(group)
+        self.transport: Transport = Sockets(group, self.names, timeout_s)
+        if shared_memory or (shared_memory is None and one_host):
+            if not one_host:
+                raise ValueError(
+                    "shared_memory = True, but the ranks are on several hosts or see different /dev/shm: leave it out"
+                )
+            self.transport = SharedMemory(self.rank, self.names, self._token, timeout_s, self._look_up)
+        self.selection = default_selection(self.transport.name, self.world)
         self._sequence = 0
-        self._queue: queue.SimpleQueue[_Play | None] = queue.SimpleQueue()
+        self._plays: deque[_Play] = deque()
+        self._entrance, self._turn = threading.Lock(), threading.Lock()
+        self._signal: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._failure: CommunicationError | None = None
         self._thread = threading.Thread(target=self._serve, name=f"windtunnel {axis} progress", daemon=True)
         self._thread.start()
 
+    def force(self, name: str, *, over_sockets: bool = False) -> None:
+        """Have every collective done by one algorithm wherever it knows the kind; on all ranks, between collectives."""
+        rows = {kind: ((0, name if _known(kind, name) else rows[0][1]),) for kind, rows in self.selection.rows.items()}
+        self.selection = Selection(rows)
+        if over_sockets and not isinstance(self.transport, Sockets):
+            self.transport.close()
+            self.transport = Sockets(self.group, self.names, self.timeout_s)
+
     def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
-        ours = kind in self.programs and not largest and nbytes >= self.native_below_bytes.get(kind, 0)
-        return "ring" if ours else "native"
+        return self.selection.name(kind, nbytes)
+
+    def steps(self, entry: Entry, root: int = 0) -> tuple[Posted, ...]:
+        """The messages of this rank in a collective that one of our programs does."""
+        return _lowered(entry.kind, entry.algorithm, self.rank, self.world, entry.elements, root)
+
+    # The queue #
 
     def perform(self, call: Call) -> Handle:
         if self._failure is not None:
             raise self._failure
-        play = _Play(call, Future())
-        self._queue.put(play)
-        return _GlooHandle(play, self.timeout_s + 2 * ANSWER_S)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join(self.timeout_s)
-
-    def release_buffers(self) -> None:
-        self._inbox = torch.empty(0, dtype=torch.uint8)
+        with self._entrance:
+            self._sequence += 1
+            play = _Play(call, self._sequence)
+            self._plays.append(play)
+        self._signal.put(True)
+        return _GlooHandle(self, play)
 
     def _serve(self) -> None:
-        """The progress thread: plays what is queued until None arrives."""
-        while (play := self._queue.get()) is not None:
-            self._finish(play)
-            del play  # or the thread would keep the buffer alive while it waits for the next one
+        """The progress thread: plays what is queued, until it is told to end."""
+        while self._signal.get():
+            with self._turn:
+                while self._plays:
+                    self._finish(self._plays.popleft())
 
-    def _finish(self, play: _Play) -> None:
+    def play_until(self, wanted: "_Play") -> None:
+        """Play the queue up to one collective, unless somebody is at it."""
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            while self._plays and not wanted.over:
+                self._finish(self._plays.popleft())
+        finally:
+            self._turn.release()
+
+    def _finish(self, play: "_Play") -> None:
         """Play, and hand the outcome to whoever waits. After a failure nothing is played any more."""
         try:
             if self._failure is None:
-                self._play(play.call)
+                self._play(play.call, play.number)
         except Exception as error:
-            self._failure = self._explain(play.call, error)
-        if self._failure is not None:
-            play.done.set_exception(self._failure)
-        else:
-            play.done.set_result(None)
+            self._failure = self._explain(play, error)
+            self.transport.close(failed=True)
+        play.end(self._failure)
 
-    def _play(self, call: Call) -> None:
+    def close(self) -> None:
+        self._signal.put(False)
+        self._thread.join(self.timeout_s)
+        self.transport.close(failed=self._failure is not None)
+
+    def release_buffers(self) -> None:
+        self.transport.release_buffers()
+
+    # One collective #
+
+    def _play(self, call: Call, number: int) -> None:
         before = written_bytes() if self.metered else 0
-        self._sequence += 1
+        tag = _tag(call, number)
         if call.entry.algorithm == "native":
-            work = native_collective(self.group, call)
-            work.wait(timedelta(seconds=self.timeout_s))
+            self.transport.play(self._handshake(), torch.zeros(2, dtype=torch.uint8), tag, False)
+            native_collective(self.group, call).wait(timedelta(seconds=self.timeout_s))
         else:
-            self._play_program(self.programs[call.entry.kind], call.buffer, self._tag(call.entry))
+            # Not a leaf of autograd any more: a caller's thread may play it with gradients on.
+            flat = call.buffer.detach().reshape(-1)
+            steps = self.steps(call.entry, call.root)
+            self.transport.play(steps, flat, tag, call.largest)
+            if not call.buffer.is_contiguous():
+                call.buffer.detach().copy_(flat.view(call.buffer.shape))
         if self.metered:
             self.wire_bytes[call.entry] = self.wire_bytes.get(call.entry, 0) + written_bytes() - before
 
-    def _tag(self, entry: Entry) -> int:
-        """Equal on all ranks only if they play the same call as the same number: others never match, and time out."""
-        signature = f"{entry.kind} {entry.elements} {entry.dtype} {self._sequence}"
-        return zlib.crc32(signature.encode()) & 0x3FFFFFFF
+    def _handshake(self) -> tuple[Posted, ...]:
+        """A byte to the right neighbour before a call of Gloo's own.
 
-    def _play_program(self, program: Program, buffer: Tensor, tag: int) -> None:
-        """Play one rank's program in place on `buffer` [n]; step s has tag `tag + s`."""
-        bounds = chunk_bounds(buffer.numel(), self.world)
-        chunks = [buffer[start:stop] for start, stop in bounds]
-        timeout = timedelta(seconds=self.timeout_s)
-        for number, step in enumerate(program):
-            pending, arriving = [], []
-            for op in step:
-                chunk = chunks[op.chunk]
-                if isinstance(op, Send):
-                    pending.append(self.group.send([chunk], op.peer, tag + number))
-                    continue
-                # A received chunk lands where it belongs; one to be added needs a place to wait.
-                target = self._scratch(chunk) if isinstance(op, Reduce) else chunk
-                pending.append(self.group.recv([target], op.peer, tag + number))
-                if target is not chunk:
-                    arriving.append((chunk, target))
-            for work in pending:
-                work.wait(timeout)
-            for chunk, arrived in arriving:
-                chunk.add_(arrived)
+        Ranks that disagree stop here: Gloo would mix the values of dtypes of one width, and end the process where
+        sizes differ.
+        """
+        left, right = (self.rank - 1) % self.world, (self.rank + 1) % self.world
+        return (Posted((Message(right, 0, 1, 0),), (Arrival(left, 1, 2, 0, False, (), ()),)),)
 
-    def _scratch(self, like: Tensor) -> Tensor:
-        nbytes = like.numel() * like.element_size()
-        if self._inbox.numel() < nbytes:
-            self._inbox = torch.empty(nbytes, dtype=torch.uint8)
-        return self._inbox[:nbytes].view(like.dtype)
+    # Failure #
 
-    def _explain(self, call: Call, error: Exception) -> CommunicationError:
+    def _board(self, rank: int | str) -> str:
+        return f"windtunnel/{self._token}/failure/{rank}"
+
+    def _look_up(self) -> None:
+        """Give up early if another rank did."""
+        if self.store.check([self._board("any")]):
+            raise RuntimeError("another rank gave up")
+
+    def _explain(self, play: "_Play", error: Exception) -> CommunicationError:
         """Tell the other ranks what we were doing, hear what they were doing, and name those that differ."""
-        mine = f"number {self._sequence}, {call.entry}"
+        mine = f"number {play.number}, {play.call.entry}"
         others = self._exchange(mine)
-        missing = set(range(self.world)) - {self.rank} - set(others)
-        parts = [f"{mine}, {call.label}: {_first_line(error)}"]
-        parts += [f"rank {rank} was in {call}" for rank, call in sorted(others.items()) if call != mine]
+        parts = [f"{mine}, {play.call.label}: {_first_line(error)}"]
+        parts += [f"rank {self.names[rank]} was in {call}" for rank, call in sorted(others.items()) if call != mine]
+        missing = sorted(set(range(self.world)) - {self.rank} - set(others))
         if missing:
-            names = ", ".join(f"rank {rank}" for rank in sorted(missing))
-            parts.append(f"{names} did not answer within {ANSWER_S:.0f} s (dead, stalled, or never made this call)")
+            silent = ", ".join(f"rank {self.names[rank]}" for rank in missing)
+            parts.append(f"{silent} did not answer within {ANSWER_S:.0f} s (dead, stalled, or never made this call)")
         return CommunicationError("; ".join(parts))
 
     def _exchange(self, mine: str) -> dict[int, str]:
         """What each rank that answers in time says it was doing."""
-        keys = {rank: f"windtunnel/{self.axis}/failure/{rank}" for rank in range(self.world)}
         answers: dict[int, str] = {}
         deadline = time.monotonic() + ANSWER_S
         with suppress(RuntimeError, OSError):  # the store's host may be gone: then nobody answers
-            self.store.set(keys[self.rank], mine)
+            self.store.set(self._board(self.rank), mine)
+            self.store.set(self._board("any"), "")
             while len(answers) < self.world - 1 and time.monotonic() < deadline:
-                for rank in set(keys) - {self.rank} - set(answers):
-                    if self.store.check([keys[rank]]):  # waiting on the store would log each time-out
-                        answers[rank] = self.store.get(keys[rank]).decode()
+                for rank in set(range(self.world)) - {self.rank} - set(answers):
+                    if self.store.check([self._board(rank)]):  # waiting on the store would log each time-out
+                        answers[rank] = self.store.get(self._board(rank)).decode()
                 threading.Event().wait(POLL_S)
         return answers
+
+
+class _Play:
+    """A collective in the queue, and how it ended."""
+
+    def __init__(self, call: Call, number: int) -> None:
+        self.call, self.number = call, number
+        self.over = False
+        self.failure: CommunicationError | None = None
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
+
+    def end(self, failure: CommunicationError | None) -> None:
+        self.failure, self.over = failure, True
+        self._under_way.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is over in time."""
+        if not self.over and self._under_way.acquire(timeout=timeout_s):
+            self._under_way.release()
+        return self.over
+
+
+class _GlooHandle:
+    def __init__(self, communicator: GlooCommunicator, play: _Play) -> None:
+        self.communicator, self.play = communicator, play
+
+    def wait(self) -> None:
+        play = self.play
+        if not play.over:
+            self.communicator.play_until(play)
+        limit_s = self.communicator.timeout_s + 2 * ANSWER_S
+        # A queue of earlier collectives may each take their time: only an idle thread means a hang.
+        if not play.wait(limit_s):
+            raise CommunicationError(f"{play.call.entry} ({play.call.label}) was not even begun within {limit_s:.0f} s")
+        if play.failure is not None:
+            raise play.failure
+
+
+@lru_cache(maxsize=512)
+def _lowered(kind: str, name: str, rank: int, world: int, elements: int, root: int) -> tuple[Posted, ...]:
+    return lower(algorithm(kind, name), rank, world, elements, root)
+
+
+def _introduce(group: dist.ProcessGroup) -> tuple[tuple[int, ...], str, bool]:
+    """(the ranks' numbers in the whole world, a name that this group of ranks alone has, whether they share a host)."""
+    mine = [dist.get_rank() if dist.is_initialized() else group.rank(), _host(), secrets.randbits(63)]
+    everyone = torch.tensor(mine * group.size())
+    if group.size() > 1:
+        group._allgather_base(everyone, torch.tensor(mine)).wait()  # for as long as the group allows
+    numbers, hosts, tokens = everyone.view(-1, len(mine)).T.tolist()
+    return tuple(numbers), f"{tokens[0]:016x}", len(set(hosts)) == 1
+
+
+def _host() -> int:
+    """Equal on ranks that see the same shared memory: the same boot of the same host, and the same /dev/shm."""
+    if not FOLDER.is_dir():
+        return secrets.randbits(63)  # nobody to share with
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    facts = (socket.gethostname(), boot.read_text() if boot.exists() else "", os.stat(FOLDER).st_dev)
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "little")
+
+
+def _tag(call: Call, number: int) -> int:
+    """Equal on all ranks only if they play the same call as the same number: others never match, and time out."""
+    entry = call.entry
+    signature = (entry.kind, entry.elements, entry.dtype, entry.algorithm, call.largest, call.root, number)
+    return zlib.crc32(repr(signature).encode()) & 0x3FFFFFFF
+
+
+def _known(kind: str, name: str) -> bool:
+    return name == "native" or name.split("/")[0] in names(kind)
 
 
 def _first_line(error: Exception) -> str:
     """The first sentence of an error of Gloo's, without the place in its source that precedes it."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^]]*\]\s*", "", line).partition(". ")[0]
-
-
-class _GlooHandle:
-    def __init__(self, play: _Play, timeout_s: float) -> None:
-        self.play, self.timeout_s = play, timeout_s
-
-    def wait(self) -> None:
-        try:
-            # A queue of earlier collectives may each take their time: only an idle thread means a hang.
-            self.play.done.result(self.timeout_s)
-        except FutureTimeoutError:
-            raise CommunicationError(
-                f"{self.play.call.entry} ({self.play.call.label}) was not even begun within {self.timeout_s:.0f} s"
-            ) from None
+    return re.sub(r"\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line).partition(". ")[0]

@@ -5,9 +5,12 @@ from pathlib import Path
 GLOO_HEADER_BYTES = 48
 """sizeof(gloo::transport::tcp::Op), which precedes each message."""
 
-GLOO_FRAMING_BYTES = 3 * GLOO_HEADER_BYTES
-"""Headers that a rank writes per message sent and message received: the notice that a send is ready, the header of the
-data, and the notice that a receive is ready (gloo/transport/tcp/pair.cc). Checked in tests/test_wire.py."""
+GLOO_SEND_BYTES = 2 * GLOO_HEADER_BYTES
+"""Headers that a rank writes per message sent: the notice that a send is ready, and the header of the data
+(gloo/transport/tcp/pair.cc). Checked in tests/test_wire.py."""
+
+GLOO_RECEIVE_BYTES = GLOO_HEADER_BYTES
+"""What it writes per message received: the notice that a receive is ready."""
 
 
 def written_bytes() -> int:

@@ -7,7 +7,12 @@ verify       ZeRO on Gloo ranks against a plain loop in one process
 ranks        what the ranks of verify and demo do, and what they measure
 samples      a user's model and batches: loading, splitting, losses
 demo         the whole idea in about a minute
+compression  convergence of each compressed scheme beside the uncompressed run
 calibrate    turns measured primitives into a hardware profile
+fit_network  network profiles of nodes, from published all-reduces, and their errors
+choices      which algorithm is fastest at which size on a cluster: rows and a picture
+reproduce    published tables and figures made again
+curves       bus bandwidth of all-reduce against size: priced, published, measured here
 timing       measures them, on all ranks at once
 primitives   which operators, products and modules are measured
 models       a transformer as numbers: the catalogue, model files, parameter and flop counts

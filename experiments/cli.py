@@ -185,6 +185,31 @@ def verify(
 
 
 @app.command()
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all.", show_default=False)] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Say what there is, and stop.")] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Make published tables and figures again, with the published points on them."""
+    from . import reproduce as reproduction
+
+    if only_list:
+        there_is = reproduction.listing()
+        if as_json:
+            _print_json({"names": there_is})
+        else:
+            print("\n".join(f"{name}: {title}" for name, title in there_is.items()))
+        return
+    items = reproduction.reproduce(names or (), out or Path("out/reproduce"), say=_say)
+    if as_json:
+        _print_json(reproduction.to_dict(items))
+        return
+    for item in items:
+        print(f"{item.name}: {item.sentence}\n  plot: {item.plot}\n  csv: {item.csv}")
+
+
+@app.command()
 def calibrate(
     ranks: Annotated[int, typer.Option(help="Ranks that share this machine.")] = 2,
     redo: Annotated[bool, typer.Option("--redo", help="Measure again although a profile is kept.")] = False,

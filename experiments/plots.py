@@ -1,16 +1,18 @@
 """Pictures of results. matplotlib draws them without a display."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
+from ..collectives.choice import size_name
 from ..sim.result import StepResult
 from .files import write_whole
 
 if TYPE_CHECKING:
+    from .curves import Point
     from .demo import Run, ScalingPoint
 
 mpl.use("Agg")
@@ -63,7 +65,7 @@ def plot_demo(runs: "Sequence[Run]", points: "Sequence[ScalingPoint]", path: Pat
         scale.set_xscale("log", base=2)
         scale.set_xticks(gpus, [f"{count:,}" for count in gpus], rotation=45)
         scale.set_title("The same program, flown at ZeRO 3")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _pairs(axes: Any, names: list[str], measured: list[float], predicted: list[float]) -> None:
@@ -108,10 +110,62 @@ def plot_scaling(results: Sequence[StepResult], path: Path) -> Path:
             speed.legend(frameon=False, loc="lower left")
         speed.set(xlabel="GPUs", ylabel="model TFLOP/s per GPU", title="Speed of each GPU")
         speed.set_ylim(0, 1.15 * max(result.tflops_per_gpu for result in results))
-        return _save(figure, path)
+        return save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+FAMILIES = {
+    "ring": "#2b6f8f",
+    "bidirectional_ring": "#7fb3c8",
+    "halving_doubling": "#6d597a",
+    "recursive_doubling": "#b08bb5",
+    "binomial_tree": "#b8c4bb",
+    "double_binary_tree": "#5b8c5a",
+    "direct": "#e0a458",
+    "hierarchical": "#8d99ae",
+}
+"""Colours of the algorithms, by the name without its parameters."""
+
+
+def plot_curves(points: "Sequence[Point]", path: Path) -> Path:
+    """Bus bandwidth against size, a panel for each network: lines are prices, markers are what was observed."""
+    networks = list(dict.fromkeys(point.network for point in points))
+    with mpl.rc_context(STYLE):
+        figure, grid = pyplot.subplots(2, 2, figsize=(12, 8.5))
+        for axes, network in zip(grid.flat, networks, strict=True):
+            _curves(axes, [point for point in points if point.network == network])
+            axes.set_title(network)
+        return save(figure, path)
+
+
+def _curves(axes: Any, points: "Sequence[Point]") -> None:
+    for witness, algorithm in dict.fromkeys((point.witness, point.algorithm) for point in points):
+        line = [point for point in points if (point.witness, point.algorithm) == (witness, algorithm)]
+        style, label = _curve_style(witness, algorithm)
+        axes.plot([p.nbytes for p in line], [p.bus_bytes_per_s / 1e9 for p in line], label=label, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({point.nbytes for point in points})
+    ticks = [size for size in sizes if size & (size - 1) == 0][:: 2 if len(sizes) > 8 else 1]
+    axes.set_xticks(ticks, [size_name(tick) for tick in ticks])
+    axes.set(xlabel="buffer", ylabel="bus bandwidth, GB/s")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+
+
+def _curve_style(witness: str, algorithm: str) -> tuple[dict[str, Any], str]:
+    """How a line looks, and what the legend calls it; a measured algorithm shares the colour of its price."""
+    colour = FAMILIES.get(algorithm.partition("/")[0], INK)
+    if witness == "published":
+        return {"marker": "o", "linestyle": "", "color": MEASURED}, f"published ({algorithm})"
+    if witness == "measured":
+        looks = {"marker": "s" if algorithm == "native" else "o", "linestyle": "", "markersize": 5}
+        return {**looks, "color": MEASURED if algorithm == "native" else colour}, f"{algorithm}, measured"
+    if algorithm == "NCCL":
+        return {"color": INK, "linewidth": 3, "alpha": 0.35}, "NCCL's choice, priced"
+    return {"color": colour, "linewidth": 1.2}, f"{algorithm}, priced"
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as the kind of picture that the name of the path says, and let go of it."""
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.lstrip(".") or "png")
     pyplot.close(figure)

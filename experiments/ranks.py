@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..collectives.zero import UnitSize, padded
 from ..engine.engine import Engine, initialize
 from ..engine.gloo import GlooCommunicator
-from ..engine.wire import GLOO_FRAMING_BYTES
+from ..engine.sockets import framing_bytes
 from .samples import Sample, as_dtype, make_sample, run_model, share, to_sim
 
 LEARNING_RATE = 1e-3
@@ -127,7 +127,8 @@ def measure(rank: int, world: int, task: Task, stage: int, watch: float | None =
     engine, *_ = initialize(model, task.config(stage), timeout_s=task.timeout_s)
     communicator = engine.communicator
     if isinstance(communicator, GlooCommunicator):
-        communicator.native_below_bytes = {}  # every byte through a program of ours, so that it can be witnessed
+        # Every byte through one program of ours and the kernel, so that it can be witnessed.
+        communicator.force("ring", over_sockets=True)
         communicator.metered = True
     known = torch.load(task.reference_path)
     calls = _count_calls(engine)
@@ -209,8 +210,7 @@ def _written_per_step(communicator: Any, steps: int) -> int:
     total = 0
     for entry, nbytes in communicator.wire_bytes.items():
         if not entry.scalar:
-            messages = communicator.ledger[entry] * len(communicator.programs[entry.kind])
-            total += nbytes - messages * GLOO_FRAMING_BYTES
+            total += nbytes - communicator.ledger[entry] * framing_bytes(communicator.steps(entry))
     per_step, rest = divmod(total, steps)
     return per_step if rest == 0 else total  # unequal steps would show as a total that no formula expects
 

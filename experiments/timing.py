@@ -21,6 +21,7 @@ from ..collectives.tiers import RING_STEPS
 from ..collectives.trace import Kernel
 from ..engine.communicator import Communicator
 from ..engine.device import communicator_for
+from ..engine.gloo import GlooCommunicator
 from ..engine.world import World
 from .primitives import Run, operators, products, recorded, small_module
 
@@ -183,7 +184,7 @@ def _calls(run: Run) -> int:
 
 def time_rings(rank: int, world: int, sizes: Sequence[int] = RING_BYTES) -> list[RingTime]:
     """Each ring through the engine's communicator, on a buffer that stays."""
-    communicator = communicator_for(torch.device("cpu"), TIMEOUT_S)
+    communicator = _rings_over_sockets()
     cases = [(kind, nbytes) for kind in RING_STEPS for nbytes in sizes]
     runs = [_ring(communicator, kind, nbytes) for kind, nbytes in cases]
     calls = [max(1, min(10, (1 << 20) // nbytes)) for _, nbytes in cases]  # equal on all ranks: they meet in each
@@ -196,6 +197,14 @@ def time_rings(rank: int, world: int, sizes: Sequence[int] = RING_BYTES) -> list
     return [RingTime(*case, median(taken[1:])) for case, taken in zip(cases, samples, strict=True)]
 
 
+def _rings_over_sockets() -> Communicator:
+    """What `verify` and `demo` train with."""
+    communicator = communicator_for(torch.device("cpu"), TIMEOUT_S, shared_memory=False)
+    if isinstance(communicator, GlooCommunicator):
+        communicator.force("ring")
+    return communicator
+
+
 def _ring(communicator: Communicator, kind: str, nbytes: int) -> Run:
     start = getattr(communicator, kind)
     buffer = torch.zeros(nbytes // 4)
@@ -205,7 +214,7 @@ def _ring(communicator: Communicator, kind: str, nbytes: int) -> Run:
 @torch.no_grad()
 def time_overlap(rank: int, world: int) -> Overlap:
     """A block's worth of products and memory-bound operators, rings, and both."""
-    communicator = communicator_for(torch.device("cpu"), TIMEOUT_S)
+    communicator = _rings_over_sockets()
     x, weight, bias = torch.randn(512, 512), torch.randn(512, 512), torch.randn(512)
     ring = _ring(communicator, "all_reduce", OVERLAP_RING_BYTES)
 

@@ -1,1 +1,8 @@
-"""Computes: the hot arithmetic, each piece once plain and once fast. Empty until the first fused kernel lands."""
+"""Computes: the hot arithmetic, as pure functions of tensors.
+
+cast         fp16 and bf16 with a power-of-two scale that leaves headroom for a sum
+quantize     blocks to int8 or int4 and back, to nearest or at random
+sign         one bit per value and a scale per block
+top_k        the largest values and where they were
+low_rank     one power iteration towards the best product of two thin factors
+"""

@@ -4,7 +4,10 @@ processor   a GPU or a CPU share: peaks, achievable shares of them, measured tab
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
 kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
 network     seconds and bytes of a collective: closed form, or every message
-program     plays collective programs on simpy, message by message
+topology    the network as links: which ones a message takes, and how late it is
+flows       max-min fair rates of flows that share links
+messages    the messages of a collective as arrays: who sends what to whom, in which step
+program     plays collective programs on simpy: every message a flow that shares links with the others
 memory      bytes in use through the step, by category, in the order of the program
 streams     a device's streams as simpy processes, and how they disturb each other
 replay      a trace played on a cluster: overlap, waits, what is exposed

@@ -23,6 +23,7 @@ __all__ = [
     "KernelCurve",
     "MatmulPoint",
     "Processor",
+    "Wiring",
     "cluster_names",
     "load_cluster",
     "load_processor",
@@ -41,12 +42,15 @@ class Fabric:
         latency_s: of one hop of a ring.
         efficiency: share of bytes_per_s that a large ring collective reaches.
         nics: of a node; None inside a node.
+        start_s, local_bytes_per_s: of a whole collective, see Tier; None: no start, and local memory costs nothing.
     """
 
     bytes_per_s: float
     latency_s: float
     efficiency: float = 1.0
     nics: int | None = None
+    start_s: float | None = None
+    local_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         _check_fabric(self)
@@ -54,6 +58,37 @@ class Fabric:
     @property
     def achieved_bytes_per_s(self) -> float:
         return self.bytes_per_s * self.efficiency
+
+
+WIRINGS = ("flat", "leaf_spine", "rail")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """Table [fabric] of a cluster file: the switches between the nodes' NICs, for collectives played as messages.
+
+    Attributes:
+        kind: "flat": one switch that never blocks. "leaf_spine": all NICs of `nodes_per_leaf` nodes on one leaf, the
+            leaves on a spine. "rail": NIC i of every node of a pod of `nodes_per_leaf` nodes on leaf i of that pod.
+        nodes_per_leaf: None for "flat".
+        oversubscription: bandwidth of a leaf's NICs over that of its links to the spine.
+    """
+
+    __pydantic_config__ = STRICT
+
+    kind: str
+    nodes_per_leaf: int | None = None
+    oversubscription: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in WIRINGS:
+            raise ValueError(f"kind = {self.kind!r}; allowed: {', '.join(WIRINGS)}{nearest(self.kind, WIRINGS)}")
+        require_positive(self, ("nodes_per_leaf",))
+        require(1 <= self.oversubscription < math.inf, "oversubscription", self.oversubscription, ">= 1 and finite")
+        if self.kind == "flat" and (self.nodes_per_leaf is not None or self.oversubscription != 1):
+            raise ValueError("kind = 'flat' has no leaves: leave out 'nodes_per_leaf' and 'oversubscription'")
+        if self.kind != "flat" and self.nodes_per_leaf is None:
+            raise ValueError(f"'nodes_per_leaf' is missing: kind = {self.kind!r} needs it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +99,8 @@ class Cluster:
         nodes: how many there are; None: as many as the job needs.
         inter_node: None where there is only one node.
         sources: where each figure is from, e.g. "inter_node.latency_s".
+        fabric: how the nodes are wired; None: as if each node had one link, whatever its NICs, to a switch that never
+            blocks.
     """
 
     name: str
@@ -73,11 +110,14 @@ class Cluster:
     intra_node: Fabric
     inter_node: Fabric | None
     sources: dict[str, str] = field(hash=False)
+    fabric: Wiring | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, ("gpus_per_node", "nodes"))
         if self.inter_node is None and self.nodes != 1:
             raise ValueError("'inter_node' is missing: give it, or nodes = 1")
+        if self.fabric is not None and self.inter_node is None:
+            raise ValueError("'fabric' wires nodes, but 'inter_node' is missing: give it, or leave out [fabric]")
 
     @property
     def gpus(self) -> int | None:
@@ -106,15 +146,24 @@ class Cluster:
             whole_nodes = math.ceil(gpus / self.gpus_per_node) * self.gpus_per_node
             levels.append(("inter_node", whole_nodes, self.inter_node))
         return tuple(
-            Tier(name=name, ranks=ranks, latency_s=fabric.latency_s, bytes_per_s=fabric.achieved_bytes_per_s)
+            Tier(
+                name=name,
+                ranks=ranks,
+                latency_s=fabric.latency_s,
+                bytes_per_s=fabric.achieved_bytes_per_s,
+                start_s=fabric.start_s or 0.0,
+                local_bytes_per_s=fabric.local_bytes_per_s or math.inf,
+            )
             for name, ranks, fabric in levels
         )
 
 
 def _check_fabric(fabric: "Fabric | _FabricFile") -> None:
-    require_positive(fabric, ("bytes_per_s", "nics"))
-    if fabric.latency_s is not None:
-        require(0 <= fabric.latency_s < math.inf, "latency_s", fabric.latency_s, ">= 0 and finite")
+    require_positive(fabric, ("bytes_per_s", "nics", "local_bytes_per_s"))
+    for name in ("latency_s", "start_s"):
+        seconds = getattr(fabric, name)
+        if seconds is not None:
+            require(0 <= seconds < math.inf, name, seconds, ">= 0 and finite")
     if fabric.efficiency is not None:
         require(0 < fabric.efficiency <= 1, "efficiency", fabric.efficiency, "> 0 and <= 1")
 
@@ -129,6 +178,8 @@ class _FabricFile:
     latency_s: float | None = None
     efficiency: float | None = None
     nics: int | None = None
+    start_s: float | None = None
+    local_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         _check_fabric(self)
@@ -151,6 +202,7 @@ class _ClusterFile:
     nodes: int | None = None
     intra_node: _FabricFile | None = None
     inter_node: _FabricFile | None = None
+    fabric: Wiring | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,7 +214,8 @@ class _ClusterFile:
         """Names of the figures that the file gives, as in the sources of a Cluster."""
         plain = [name for name in ("gpus_per_node", "nodes") if getattr(self, name) is not None]
         tables = (("intra_node", self.intra_node), ("inter_node", self.inter_node))
-        return (*plain, *(f"{name}.{key}" for name, table in tables if table is not None for key in table.given()))
+        levels = (f"{name}.{key}" for name, table in tables if table is not None for key in table.given())
+        return (*plain, *levels, *(["fabric"] if self.fabric is not None else []))
 
 
 def processor_names() -> tuple[str, ...]:
@@ -189,8 +242,8 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
     """A cluster of the catalogue, or of a TOML file.
 
     A file may start from a `base` of the catalogue; each key that it gives overrides the base. Its keys are `gpu` (a
-    catalogue name or a processor file, relative to the cluster file), `gpus_per_node`, `nodes`, and the tables
-    [intra_node] and [inter_node] with the fields of Fabric.
+    catalogue name or a processor file, relative to the cluster file), `gpus_per_node`, `nodes`, the tables
+    [intra_node] and [inter_node] with the fields of Fabric, and [fabric] with those of Wiring.
 
     Raises:
         ValueError: one line: an unknown name, a file that cannot be read, or a key that is unknown, wrong or missing.
@@ -227,6 +280,7 @@ def _build_cluster(file: _ClusterFile, path: Path) -> Cluster:
         nodes=nodes,
         intra_node=intra_node,
         inter_node=inter_node,
+        fabric=file.fabric or (base.fabric if base else None),
         sources={
             **(base.sources if base else {}),
             **{name: f"given in {path.name}" for name in file.figures()},
@@ -244,6 +298,8 @@ def _overlay(name: str, base: Fabric | None, table: _FabricFile | None) -> Fabri
         return base
     given = table.given()
     if base is not None:
+        if table.bytes_per_s is not None:  # what a user says of the links says it of the collective, memory included
+            base = replace(base, local_bytes_per_s=None)
         return replace(base, **given)
     for key in ("bytes_per_s", "latency_s"):
         if key not in given:

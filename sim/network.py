@@ -1,20 +1,26 @@
 """Seconds and bytes of a collective on a cluster."""
 
-from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
-from ..collectives.program import chunk_bounds, sent_elements
-from ..collectives.ring import RING
-from ..collectives.tiers import Tier, ring_seconds
+from ..collectives.algorithms import algorithm, names
+from ..collectives.choice import choose
+from ..collectives.costs import overhead_seconds, seconds
+from ..collectives.program import Send
+from ..collectives.tiers import Tier, Tiers
 from ..collectives.trace import Collective
 from .program import play
+from .topology import Topology, of_tiers
 
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 FIDELITIES = ("closed_form", "events")
 
-MOST_RANKS_PLAYED = 512
-"""A ring of n ranks has n (n - 1) messages per round: beyond this, playing each one takes minutes."""
+MOST_COUNTED = 1024
+"""Programs whose sends are counted, all of them; of more ranks that are not alike,"""
+
+FEW_COUNTED = 64
+"""about so many are counted: making the programs of all would take longer than all the rest of a simulation."""
 
 
 def collective_bytes(collective: Collective) -> int:
@@ -22,35 +28,78 @@ def collective_bytes(collective: Collective) -> int:
     return collective.elements * DTYPE_BYTES[collective.dtype]
 
 
-@lru_cache(maxsize=4096)
-def sent_bytes(collective: Collective, group: int) -> int:
-    """Bytes that rank 0 sends in a collective over `group` ranks: the sum over the sends of its ring program."""
-    if group == 1:
-        return 0
-    program = RING[collective.kind].program(0, group)
-    return sent_elements(program, chunk_bounds(collective.elements, group)) * DTYPE_BYTES[collective.dtype]
+def collective_seconds(collective: Collective, group: int, network: Topology | Tiers, fidelity: str) -> float:
+    """How long a collective over the first `group` ranks takes on an otherwise idle network.
 
-
-def collective_seconds(collective: Collective, group: int, tiers: Sequence[Tier], fidelity: str) -> float:
-    """How long a collective takes on an otherwise idle network.
+    A collective that forces no algorithm, or the native one of a backend, takes the fastest in closed form.
 
     Args:
-        fidelity: "closed_form" for the alpha-beta formula, "events" to play every message of every rank.
+        fidelity: "closed_form" for the alpha-beta formula, "events" to play every message.
 
     Raises:
-        ValueError: "events" with more ranks than are worth playing.
+        ValueError: no such algorithm, more ranks than the network joins, or "events" with more messages than are worth
+            playing.
     """
-    nbytes = collective_bytes(collective)
-    if fidelity == "closed_form" or group == 1:
-        return ring_seconds(collective.kind, nbytes, group, tiers)
-    if group > MOST_RANKS_PLAYED:
-        raise ValueError(
-            f"fidelity = 'events' plays every message of {group} ranks; allowed: at most {MOST_RANKS_PLAYED} ranks,"
-            " use 'closed_form' for more"
-        )
-    return _played(collective.kind, nbytes, group, tuple(tiers))
+    if group == 1:
+        return 0.0
+    kind, nbytes = collective.kind, collective_bytes(collective)
+    name = _name(collective, group, network)
+    if fidelity == "closed_form":
+        return _computed(kind, name, nbytes, group, _tiers(network))
+    return _played(kind, name, nbytes, group, network if isinstance(network, Topology) else of_tiers(network))
+
+
+def sent_bytes(collective: Collective, group: int, network: Topology | Tiers | None = None) -> int:
+    """Bytes that a rank sends in a collective over `group` ranks, in the mean over the ranks, all chunks being equal.
+
+    Where more than MOST_COUNTED ranks differ from each other, it is the mean over a sample of them.
+
+    Args:
+        network: on which an algorithm is chosen, if the collective forces none; None: the first of those that do this
+            kind, a ring where there is one.
+    """
+    if group == 1:
+        return 0
+    forced = collective.algorithm not in (None, "native")
+    name = names(collective.kind)[0] if network is None and not forced else _name(collective, group, network or ())
+    sent, chunks = _sent_chunks(collective.kind, name, group)
+    return round(collective_bytes(collective) * sent / chunks)
+
+
+def _name(collective: Collective, group: int, network: Topology | Tiers) -> str:
+    """The algorithm that does a collective."""
+    if collective.algorithm is None or collective.algorithm == "native":
+        return _chosen(collective.kind, collective_bytes(collective), group, _tiers(network))
+    return collective.algorithm
+
+
+def _tiers(network: Topology | Tiers) -> tuple[Tier, ...]:
+    return network.tiers if isinstance(network, Topology) else tuple(network)
 
 
 @lru_cache(maxsize=4096)
-def _played(kind: str, nbytes: int, group: int, tiers: tuple[Tier, ...]) -> float:
-    return play([RING[kind].program(rank, group) for rank in range(group)], nbytes, tiers)
+def _chosen(kind: str, nbytes: int, group: int, tiers: tuple[Tier, ...]) -> str:
+    return choose(kind, nbytes, group, tiers).name
+
+
+@lru_cache(maxsize=4096)
+def _computed(kind: str, name: str, nbytes: int, group: int, tiers: tuple[Tier, ...]) -> float:
+    return seconds(kind, name, nbytes, group, tiers)
+
+
+@lru_cache(maxsize=4096)
+def _played(kind: str, name: str, nbytes: int, group: int, network: Topology) -> float:
+    overhead_s = overhead_seconds(kind, nbytes, group, network.tiers)
+    return overhead_s + play(algorithm(kind, name), group, nbytes, network)
+
+
+@lru_cache(maxsize=4096)
+def _sent_chunks(kind: str, name: str, group: int) -> tuple[int, int]:
+    """(chunks that the ranks of one period send, chunks that they hold together), or some ranks all over the period."""
+    used = algorithm(kind, name)
+    period = used.period(group)
+    # An odd stride takes ranks from all levels of a tree.
+    ranks = range(0, period, 1 if period <= MOST_COUNTED else period // FEW_COUNTED | 1)
+    programs = (used.program(rank, group) for rank in ranks)
+    sent = sum(op.count for program in programs for step in program for op in step if isinstance(op, Send))
+    return sent, len(ranks) * prod(used.cut(group))

@@ -5,7 +5,7 @@ device as on CUDA; overlap and exposed communication come out of that instead of
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import prod
@@ -18,6 +18,7 @@ from .hardware import Cluster
 from .kernel import kernel_seconds
 from .network import collective_seconds, sent_bytes
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
+from .topology import Topology, topology
 
 MOST_PLAYED = 3
 """How often a repeated phase is played; further repetitions cost what the last one played did."""
@@ -60,7 +61,7 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
     return Replay(
         step_time_s=sum(breakdown.values()),
         breakdown_s=breakdown,
-        sent_bytes=sent_bytes_by_axis(trace),
+        sent_bytes=sent_bytes_by_axis(trace, rank.network),
         forward_flops=_flops(trace, forward_only=True),
         executed_flops=_flops(trace, forward_only=False),
         spans=spans,
@@ -97,7 +98,7 @@ class _Rank:
         )
         self.compute = ComputeStream(self.env, interference, record)
         self.streams = {axis: CommunicationStream(self.env, axis, interference, record) for axis in trace.world}
-        self.tiers = cluster.tiers(prod(trace.world.values()))
+        self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
         self._skipped: Mark = defaultdict(float)
         self._runs: Counter[tuple[str, int]] = Counter()
@@ -171,7 +172,7 @@ class _Rank:
 
     def _start(self, op: Collective) -> Event:
         group = self.trace.world[op.axis]
-        seconds = collective_seconds(op, group, self.tiers, self.fidelity)
+        seconds = collective_seconds(op, group, self.network, self.fidelity)
         name = f"{op.kind} {op.label}"
         return self.streams[op.axis].start(name, seconds, after=self._drained())
 
@@ -202,13 +203,17 @@ def _steady(trace: Trace) -> list[tuple[Call, int]]:
     return [(call, phase.repeat) for phase in trace.phases if phase.step == last for call in phase.calls]
 
 
-def sent_bytes_by_axis(trace: Trace, *, scalars: bool = True) -> dict[str, int]:
-    """Bytes that the rank sends in the steady step, with or without the few-element reductions."""
+def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars: bool = True) -> dict[str, int]:
+    """Bytes that the rank sends in the steady step, with or without the few-element reductions.
+
+    Args:
+        network: on which algorithms are chosen, see sim/network.py.
+    """
     sent = dict.fromkeys(trace.world, 0)
     for call, times in _steady(trace):
         for op in trace.segments[call.segment]:
             if isinstance(op, Collective) and (scalars or not op.scalar):
-                sent[op.axis] += times * sent_bytes(replace(op, label=""), trace.world[op.axis])
+                sent[op.axis] += times * sent_bytes(op, trace.world[op.axis], network)
     return sent
 
 

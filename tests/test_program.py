@@ -1,11 +1,13 @@
 """How a buffer is cut, what a program sends, and how programs look."""
 
+import gc
 from itertools import pairwise
+from math import prod
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from windtunnel.collectives.program import Recv, Reduce, Send, chunk_bounds, sent_elements, show
+from windtunnel.collectives.program import Recv, Reduce, Send, between, chunk_bounds, post, sent_elements, show, span
 from windtunnel.collectives.ring import RING
 
 
@@ -19,6 +21,29 @@ def test_chunks_partition_the_buffer_evenly(elements: int, parts: int) -> None:
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+@given(elements=st.integers(0, 2000), parts=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_a_nested_cut_cuts_every_part_of_the_outer_one(elements: int, parts: list[int]) -> None:
+    outer, inner = chunk_bounds(elements, *parts[:-1]), chunk_bounds(elements, *parts)
+    last = parts[-1]
+    assert len(inner) == prod(parts)
+    for number, (start, stop) in enumerate(outer):
+        pieces = inner[number * last : (number + 1) * last]
+        assert pieces == tuple((start + a, start + b) for a, b in chunk_bounds(stop - start, last))
+
+
+@given(start=st.integers(0, 5), count=st.integers(1, 5))
+def test_a_run_spans_its_chunks(start: int, count: int) -> None:
+    bounds = chunk_bounds(101, 10)
+    (op,) = post(Recv, 3, between(start, start + count))
+    assert op == Recv(3, start, count)
+    assert span(bounds, op) == (bounds[start][0], bounds[start + count - 1][1])
+
+
+def test_a_runs_name() -> None:
+    assert [str(op) for op in post(Send, 1, ((3, 1), (4, 2)))] == ["c3->1", "c4-5->1"]
+    assert str(Reduce(0, 2, 3)) == "c2-4+<0"
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.data())
@@ -54,3 +79,14 @@ def test_diagram_of_a_group_of_one_is_empty() -> None:
 def test_ops_are_values(op: Send | Recv | Reduce) -> None:
     assert op == type(op)(1, 2)
     assert len({op, type(op)(1, 2), type(op)(2, 1)}) == 2
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_all_programs_leave_the_collector_as_it_was(collecting: bool) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        RING["all_reduce"].programs(4)
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -239,7 +239,13 @@ def faster(cluster: Cluster, gpu: float, network: float) -> Cluster:
     peaks = {dtype: gpu * rate for dtype, rate in chip.peak_flops.items()}
     assert cluster.inter_node is not None
     links = {
-        name: replace(fabric, bytes_per_s=network * fabric.bytes_per_s, latency_s=fabric.latency_s / network)
+        name: replace(
+            fabric,
+            bytes_per_s=network * fabric.bytes_per_s,
+            latency_s=fabric.latency_s / network,
+            start_s=fabric.start_s and fabric.start_s / network,
+            local_bytes_per_s=fabric.local_bytes_per_s and fabric.local_bytes_per_s * network,
+        )
         for name, fabric in (("intra_node", cluster.intra_node), ("inter_node", cluster.inter_node))
     }
     chip = replace(

@@ -10,16 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from windtunnel.collectives.algorithms import KINDS, algorithm, algorithms
 from windtunnel.collectives.program import chunk_bounds, sent_elements
 from windtunnel.collectives.ring import RING
 from windtunnel.collectives.zero import Zero, sent_bytes_per_step
-from windtunnel.engine import gloo
 from windtunnel.engine.communicator import DTYPE_NAMES, Entry
 from windtunnel.engine.device import communicator_for
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.gloo import GlooCommunicator
+from windtunnel.engine.sockets import framing_bytes
 from windtunnel.engine.unit import FlatUnit
-from windtunnel.engine.wire import GLOO_FRAMING_BYTES, written_bytes
+from windtunnel.engine.wire import GLOO_RECEIVE_BYTES, GLOO_SEND_BYTES, written_bytes
+
+GLOO_FRAMING_BYTES = GLOO_SEND_BYTES + GLOO_RECEIVE_BYTES
+"""Headers per message of a ring, in which every rank sends as many messages as it receives."""
 
 ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
@@ -40,14 +44,39 @@ def play(rank: int, world: int, kind: str, elements: int, times: int) -> tuple[i
     communicator = communicator_for(torch.device("cpu"), timeout_s=10.0)
     assert isinstance(communicator, GlooCommunicator)
     communicator.metered = True
+    communicator.force("ring", over_sockets=True)
     buffer = torch.zeros(elements, dtype=torch.float32)
-    with mock.patch.dict(gloo.NATIVE_BELOW_BYTES, dict.fromkeys(RING, 0)):
-        before = written_bytes()
-        for _ in range(times):
-            getattr(communicator, kind)(buffer, "test").wait()
-        grown = written_bytes() - before
+    before = written_bytes()
+    for _ in range(times):
+        getattr(communicator, kind)(buffer, "test").wait()
+    grown = written_bytes() - before
     communicator.close()
     return grown, sum(communicator.wire_bytes.values())
+
+
+def play_any(rank: int, world: int, kind: str, name: str, elements: int) -> tuple[int, int]:
+    """(what the communicator metered, payload and framing of the messages that it lists)."""
+    communicator = communicator_for(torch.device("cpu"), timeout_s=10.0)
+    assert isinstance(communicator, GlooCommunicator)
+    communicator.metered = True
+    communicator.force(name, over_sockets=True)
+    getattr(communicator, kind)(torch.zeros(elements), "test").wait()
+    communicator.close()
+    (entry,) = communicator.ledger
+    program = algorithm(kind, name).program(rank, world)
+    payload = sent_elements(program, algorithm(kind, name).bounds(elements, world)) * 4
+    return communicator.wire_bytes[entry], payload + framing_bytes(communicator.steps(entry))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), size=st.sampled_from([2, 3, 4]), kind=st.sampled_from(KINDS), part=st.integers(0, 2000))
+def test_any_algorithm_writes_payload_and_framing(
+    world_of: WorldOf, data: st.DataObject, size: int, kind: str, part: int
+) -> None:
+    """Also where a rank sends more messages than it receives, and where some are empty."""
+    name = data.draw(st.sampled_from([algorithm.name for algorithm in algorithms(kind, size)]))
+    for metered, listed in world_of(size).run(play_any, kind, name, part * size):
+        assert metered == listed
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +94,7 @@ def test_rings_write_payload_and_framing(world_of: WorldOf, size: int, kind: str
 
 
 class Wide(nn.Module):
-    """Units above the 16 KiB below which an all-reduce is Gloo's own, and one of odd size."""
+    """Units of some kilobytes, and one of odd size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +127,7 @@ def whole_step(rank: int, world: int, stage: int, micro_steps: int, clip: float)
     }
     engine, *_ = initialize(Wide().double(), config, timeout_s=10.0)
     communicator = engine.communicator
-    communicator.native_below_bytes = {}
+    communicator.force("ring", over_sockets=True)
     communicator.metered = True
     for _ in range(micro_steps):
         engine.backward(engine(torch.randn(2, 48, dtype=torch.float64)))

@@ -1,5 +1,6 @@
 """Runnable comparisons, never timed tests; what they measured lies in results/, with its date.
 
-collectives     our ring programs against Gloo's own calls
+collectives     our programs over sockets and shared memory against Gloo's own calls; many small tensors in one
 distance        how far ZeRO and DDP stray from one process
+fsdp            FSDP2 and DDP, a whole step: on our backend, on Gloo, and without communication
 """

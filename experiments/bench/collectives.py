@@ -1,76 +1,188 @@
-"""Our ring programs against Gloo's own collectives, interleaved in one run; writes results/collectives.csv.
+"""Our programs over sockets and through shared memory against Gloo's own calls, interleaved in one run.
 
-    python -m windtunnel.experiments.bench.collectives [ranks ...]
+    python -m windtunnel.experiments.bench.collectives [ranks ...] [--every-algorithm]
 
-The crossover sets NATIVE_BELOW_BYTES of engine/gloo.py.
+Writes results/collectives.csv, which sets default_selection of engine/gloo.py, and results/coalesced.csv, which sets
+BUCKET_BYTES of engine/coalesce.py. With --every-algorithm each one of the catalogue is measured, not only the default.
 """
 
+import argparse
 import platform
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ...engine.communicator import NativeCommunicator
+from ...collectives.algorithms import algorithms
+from ...collectives.choice import Selection
+from ...engine.coalesce import Coalescer
+from ...engine.communicator import Communicator, NativeCommunicator
 from ...engine.gloo import GlooCommunicator
 from ...engine.world import World
 from ..files import write_csv
 
 SIZES_BYTES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
-KINDS = ("all_reduce", "reduce_scatter", "all_gather")
-RESULTS = Path(__file__).parent / "results" / "collectives.csv"
-SECONDS_PER_POINT = 1.0
+KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+RESULTS = Path(__file__).parent / "results"
+SECONDS_PER_CONTENDER = 0.5
+LEAST_ROUNDS = 8
+
+SMALL_BYTES = [1024 * (1 + number % 64) for number in range(200)]
+"""Tensors of 1 to 64 KiB."""
+
+BUCKETS_BYTES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
 
 
-def compare(rank: int, world: int, kind: str, nbytes: int) -> tuple[float, float]:
-    """Median seconds of (our ring, Gloo's own call) on a buffer of fp32."""
-    group = dist.group.WORLD
-    assert group is not None
-    ring = GlooCommunicator("data", group, _get_default_store(), 60.0)
-    ring.native_below_bytes = {}
-    native = NativeCommunicator("data", group)
-    buffer = torch.zeros(nbytes // 4 // world * world)
-    times: dict[str, list[float]] = {"ring": [], "native": []}
-    deadline = time.perf_counter() + SECONDS_PER_POINT
-    enough = torch.zeros(1)
+class Contender(NamedTuple):
+    """A transport and an algorithm; Gloo's own call is ("gloo", "native")."""
+
+    transport: str
+    algorithm: str
+
+
+NATIVE = Contender("gloo", "native")
+
+
+def seconds_of(runs: dict[Any, Callable[[], None]], at_least_s: float) -> dict[Any, float]:
+    """Median seconds of each run. All ranks meet before each; the order turns, since what ran before leaves traces."""
+    taken: dict[Any, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    deadline = time.perf_counter() + at_least_s
+    rounds, enough = 0, torch.zeros(1)
     while enough.item() == 0:  # the ranks agree on when to stop
-        for name, communicator in (("ring", ring), ("native", native)):
+        turn = rounds % len(names)
+        for name in names[turn:] + names[:turn]:
             dist.barrier()
             began = time.perf_counter()
-            getattr(communicator, kind)(buffer, "bench").wait()
-            times[name].append(time.perf_counter() - began)
-        enough[0] = float(time.perf_counter() > deadline and len(times["ring"]) > 5)
+            runs[name]()
+            taken[name].append(time.perf_counter() - began)
+        rounds += 1
+        enough[0] = float(time.perf_counter() > deadline and rounds > LEAST_ROUNDS)
         dist.broadcast(enough, 0)
-    ring.close()
-    return statistics.median(times["ring"][1:]), statistics.median(times["native"][1:])
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def compare(rank: int, world: int, kind: str, nbytes: int, every: bool) -> dict[Contender, float]:
+    """Median seconds of each contender on a buffer of fp32 of its own."""
+    group = dist.group.WORLD
+    assert group is not None
+    runs: dict[Contender, Callable[[], None]] = {NATIVE: _run(NativeCommunicator("data", group), kind, nbytes)}
+    opened = []
+    for shared in (False, True):
+        default = GlooCommunicator("data", group, _get_default_store(), 60.0, shared_memory=shared)
+        opened.append(default)
+        chosen = default.algorithm(kind, nbytes, False)
+        names = [chosen, *(a.name for a in algorithms(kind, world) if every and a.name != chosen)]
+        for name in names:
+            communicator = GlooCommunicator("data", group, _get_default_store(), 60.0, shared_memory=shared)
+            communicator.selection = Selection({kind: ((0, name),)})
+            opened.append(communicator)
+            runs[Contender(default.transport.name, name)] = _run(communicator, kind, nbytes)
+    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs))
+    for communicator in opened:
+        communicator.close()
+    return medians
+
+
+def _run(communicator: Communicator, kind: str, nbytes: int) -> Callable[[], None]:
+    start = getattr(communicator, kind)
+    buffer = torch.zeros(nbytes // 4 // communicator.world * communicator.world)
+    return lambda: start(buffer, "bench").wait()
+
+
+def compare_coalesced(rank: int, world: int, shared: bool) -> dict[int, float]:
+    """Median seconds of an all-reduce of many small tensors: alone (bucket 0), and by bucket size."""
+    group = dist.group.WORLD
+    assert group is not None
+    communicator = GlooCommunicator("data", group, _get_default_store(), 60.0, shared_memory=shared)
+    tensors = [torch.zeros(nbytes // 4) for nbytes in SMALL_BYTES]
+
+    def alone() -> None:
+        for handle in [communicator.all_reduce(tensor, "bench") for tensor in tensors]:
+            handle.wait()
+
+    def by_bucket(bucket_bytes: int) -> Callable[[], None]:
+        coalescer = Coalescer(communicator, bucket_bytes)
+        return lambda: coalescer.all_reduce(tensors, "bench").wait()
+
+    runs = {0: alone, **{nbytes: by_bucket(nbytes) for nbytes in BUCKETS_BYTES}}
+    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs))
+    communicator.close()
+    return medians
+
+
+def slowest(by_rank: list[dict[Any, float]]) -> dict[Any, float]:
+    """Of each contender the time of its slowest rank."""
+    return {name: max(times[name] for times in by_rank) for name in by_rank[0]}
+
+
+def rows_of(world: World, kind: str, nbytes: int, every: bool) -> list[dict[str, Any]]:
+    times = slowest(world.run(compare, kind, nbytes, every))
+    rows = []
+    for contender, seconds in times.items():
+        if contender != NATIVE:
+            rows.append(
+                {
+                    **_where(world.size),
+                    "kind": kind,
+                    "bytes": nbytes,
+                    "transport": contender.transport,
+                    "algorithm": contender.algorithm,
+                    "ours_s": f"{seconds:.3e}",
+                    "gloo_s": f"{times[NATIVE]:.3e}",
+                    "gloo_over_ours": f"{times[NATIVE] / seconds:.2f}",
+                }
+            )
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def coalesced_rows(world: World) -> list[dict[str, Any]]:
+    rows = []
+    for transport, shared in (("sockets", False), ("shared memory", True)):
+        times = slowest(world.run(compare_coalesced, shared))
+        for bucket_bytes in BUCKETS_BYTES:
+            rows.append(
+                {
+                    **_where(world.size),
+                    "tensors": len(SMALL_BYTES),
+                    "bytes": sum(SMALL_BYTES),
+                    "transport": transport,
+                    "bucket_bytes": bucket_bytes,
+                    "alone_s": f"{times[0]:.3e}",
+                    "coalesced_s": f"{times[bucket_bytes]:.3e}",
+                    "alone_over_coalesced": f"{times[0] / times[bucket_bytes]:.2f}",
+                }
+            )
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def _where(ranks: int) -> dict[str, Any]:
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    return {"date": date.today().isoformat(), "machine": machine, "ranks": ranks}
 
 
 def main() -> None:
-    rows = []
-    for ranks in [int(argument) for argument in sys.argv[1:]] or [2, 4]:
+    options = argparse.ArgumentParser()
+    options.add_argument("ranks", nargs="*", type=int, default=[2, 4])
+    options.add_argument("--every-algorithm", action="store_true")
+    asked = options.parse_args()
+    rows, coalesced = [], []
+    for ranks in asked.ranks:
         with World(ranks, threads=1) as world:
             for kind in KINDS:
                 for nbytes in SIZES_BYTES:
-                    ours, theirs = (max(times) for times in zip(*world.run(compare, kind, nbytes), strict=True))
-                    rows.append(
-                        {
-                            "date": date.today().isoformat(),
-                            "machine": f"{platform.machine()}, torch {torch.__version__}",
-                            "ranks": ranks,
-                            "kind": kind,
-                            "bytes": nbytes,
-                            "ring_s": f"{ours:.3e}",
-                            "gloo_s": f"{theirs:.3e}",
-                            "gloo_over_ring": f"{theirs / ours:.2f}",
-                        }
-                    )
-                    print(*rows[-1].values(), flush=True)
-    write_csv(RESULTS, rows)
+                    rows += rows_of(world, kind, nbytes, asked.every_algorithm)
+            coalesced += coalesced_rows(world)
+    write_csv(RESULTS / "collectives.csv", rows)
+    write_csv(RESULTS / "coalesced.csv", coalesced)
 
 
 if __name__ == "__main__":

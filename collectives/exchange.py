@@ -1,0 +1,72 @@
+"""Everyone with everyone: the all-to-all by pairwise exchange, and collectives in a single step for small messages.
+
+Thakur, Rabenseifner and Gropp (2005), section 4.2, for the pairwise exchange.
+"""
+
+from collections.abc import Sequence
+
+from .program import Algorithm, Program, Recv, Reduce, Runs, Send, no_symmetry, one_chunk_per_rank, post, whole_buffer
+from .ring import every_part, every_rank_alike
+
+
+def pairwise_exchange(position: int, group: Sequence[int], blocks: Sequence[Runs]) -> Program:
+    """What the ranks of a group hold for each other, block by block, changes places.
+
+    In round t those whose positions add up to t modulo n exchange: every round is a matching, and what comes takes the
+    place of what goes. The rank at `position` is left out of one round, when its partner would be itself.
+
+    Args:
+        blocks: for each position the chunks that go to it, and where what comes from it belongs.
+    """
+    others = [(turn - position) % len(group) for turn in range(len(group))]
+    return tuple(
+        post(Send, group[other], blocks[other]) + post(Recv, group[other], blocks[other])
+        for other in others
+        if other != position
+    )
+
+
+def direct_all_to_all(rank: int, world: int) -> Program:
+    """n - 1 exchanges."""
+    return pairwise_exchange(rank, range(world), every_part(world))
+
+
+def direct_reduce_scatter(rank: int, world: int) -> Program:
+    """One step: part p goes to rank p from everyone at once."""
+    return _at_once(
+        [(Send((rank + d) % world, (rank + d) % world), Reduce((rank - d) % world, rank)) for d in _hops(world)]
+    )
+
+
+def direct_all_gather(rank: int, world: int) -> Program:
+    """One step: a rank's part goes to everyone."""
+    return _at_once(
+        [(Send((rank + d) % world, rank), Recv((rank - d) % world, (rank - d) % world)) for d in _hops(world)]
+    )
+
+
+def direct_all_reduce(rank: int, world: int) -> Program:
+    """One step: everyone's whole buffer goes to everyone.
+
+    Each rank adds in an order of its own, so that sums that are rounded may differ between ranks in the last bits.
+    """
+    return _at_once([(Send((rank + d) % world, 0), Reduce((rank - d) % world, 0)) for d in _hops(world)])
+
+
+def _hops(world: int) -> range:
+    return range(1, world)
+
+
+def _at_once(steps: Sequence[tuple[Send, Recv | Reduce]]) -> Program:
+    return (tuple(op for step in steps for op in step),) if steps else ()
+
+
+DIRECT: dict[str, Algorithm] = {
+    kind: Algorithm(kind, "direct", program, cut, period)
+    for kind, program, cut, period in (
+        ("all_reduce", direct_all_reduce, whole_buffer, every_rank_alike),
+        ("reduce_scatter", direct_reduce_scatter, one_chunk_per_rank, every_rank_alike),
+        ("all_gather", direct_all_gather, one_chunk_per_rank, every_rank_alike),
+        ("all_to_all", direct_all_to_all, one_chunk_per_rank, no_symmetry),
+    )
+}

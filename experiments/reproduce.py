@@ -1,0 +1,86 @@
+"""Published tables and figures, made again: each with the published points, a picture, a CSV and a sentence."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..reading import nearest
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One reproduction as it came out.
+
+    Attributes:
+        rows: of the CSV.
+        sentence: what the comparison says, with its figures.
+    """
+
+    name: str
+    plot: Path
+    csv: Path
+    rows: Sequence[dict[str, Any]]
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """Something that can be made again: `module` of this room has a function `reproduce(folder, say) -> Item`."""
+
+    title: str
+    module: str
+
+    def run(self, folder: Path, say: Say) -> Item:
+        item: Item = import_module(f".{self.module}", __package__).reproduce(folder, say)
+        return item
+
+
+REPRODUCTIONS: dict[str, Reproduction] = {
+    "collectives": Reproduction(
+        "bus bandwidth against size: priced and published for A100 and V100 nodes, priced and measured here", "curves"
+    ),
+    "choices": Reproduction("which all-reduce is the fastest, by size and number of GPUs", "choices"),
+}
+
+
+def listing() -> dict[str, str]:
+    """What can be reproduced: name and title."""
+    return {name: reproduction.title for name, reproduction in REPRODUCTIONS.items()}
+
+
+def reproduce(
+    names: Sequence[str] = (), out: str | Path = "out/reproduce", say: Say = lambda line: None
+) -> tuple[Item, ...]:
+    """Make the named reproductions, or all; pictures and tables go to `out`.
+
+    Args:
+        say: called with a line about what is under way.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for name in names:
+        if name not in REPRODUCTIONS:
+            known = tuple(REPRODUCTIONS)
+            raise ValueError(f"unknown reproduction {name!r}; there are {', '.join(known)}{nearest(name, known)}")
+    return tuple(REPRODUCTIONS[name].run(Path(out), say) for name in names or REPRODUCTIONS)
+
+
+def to_dict(items: Sequence[Item]) -> dict[str, Any]:
+    """The contract's JSON object."""
+    return {
+        "items": [
+            {
+                "name": item.name,
+                "plot": str(item.plot),
+                "csv": str(item.csv),
+                "rows": list(item.rows),
+                "sentence": item.sentence,
+            }
+            for item in items
+        ]
+    }
