@@ -4,7 +4,7 @@ from functools import lru_cache
 from math import prod
 
 from ..collectives.algorithms import algorithm, names
-from ..collectives.choice import choose
+from ..collectives.choice import choose, native
 from ..collectives.costs import overhead_seconds, seconds
 from ..collectives.program import Send
 from ..collectives.tiers import Tier, Tiers
@@ -31,7 +31,8 @@ def collective_bytes(collective: Collective) -> int:
 def collective_seconds(collective: Collective, group: int, network: Topology | Tiers, fidelity: str) -> float:
     """How long a collective over the first `group` ranks takes on an otherwise idle network.
 
-    A collective that forces no algorithm, or the native one of a backend, takes the fastest in closed form.
+    A collective that forces no algorithm is the backend's own: of the algorithms that NCCL has, the fastest in closed
+    form.
 
     Args:
         fidelity: "closed_form" for the alpha-beta formula, "events" to play every message.
@@ -79,7 +80,7 @@ def _tiers(network: Topology | Tiers) -> tuple[Tier, ...]:
 
 @lru_cache(maxsize=4096)
 def _chosen(kind: str, nbytes: int, group: int, tiers: tuple[Tier, ...]) -> str:
-    return choose(kind, nbytes, group, tiers).name
+    return choose(kind, nbytes, group, tiers, native(kind, group, tiers)).name
 
 
 @lru_cache(maxsize=4096)

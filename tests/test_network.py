@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_topology import fabric
 from windtunnel.collectives.algorithms import KINDS, algorithm, algorithms
-from windtunnel.collectives.choice import choose
+from windtunnel.collectives.choice import choose, native
 from windtunnel.collectives.costs import overhead_seconds, seconds
 from windtunnel.collectives.program import sent_elements
 from windtunnel.collectives.ring import RING
@@ -133,10 +133,10 @@ def test_more_messages_than_are_worth_playing_are_refused() -> None:
 
 @pytest.mark.parametrize("fidelity", ["closed_form", "events"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fastest_algorithm_is_taken_unless_one_is_forced(kind: str, fidelity: str) -> None:
+def test_the_fastest_native_algorithm_is_taken_unless_one_is_forced(kind: str, fidelity: str) -> None:
     tiers = load_cluster("dgx-a100").tiers(32)
     for elements in (32, 32 * 2**20):
-        best = choose(kind, 4 * elements, 32, tiers)
+        best = choose(kind, 4 * elements, 32, tiers, native(kind, 32, tiers))
         chosen = collective_seconds(collective(kind, elements, algorithm=None), 32, tiers, fidelity)
         assert chosen == collective_seconds(collective(kind, elements, algorithm="native"), 32, tiers, fidelity)
         assert chosen == collective_seconds(collective(kind, elements, algorithm=best.name), 32, tiers, fidelity)

@@ -162,9 +162,10 @@ def test_asked_again_it_answers_the_same() -> None:
 
 
 def test_messages_played_one_by_one_agree_with_the_closed_form() -> None:
-    # Eight GPUs of one node: one tier, where both are the same.
+    # Eight GPUs of one node: one tier, where both are the same but for the few-element sums, which are double binary
+    # trees: their closed form is an upper bound, microseconds in a step of 2 ms.
     played, computed = (simulate(DEMO, "dgx-a100", gpus=8, zero=3, fidelity=f) for f in ("events", "closed_form"))
-    assert played.step_time_s == pytest.approx(computed.step_time_s, rel=ROUNDING)
+    assert computed.step_time_s * (1 - 1e-3) < played.step_time_s <= computed.step_time_s * (1 + ROUNDING)
 
 
 def test_a_faster_gpu_is_faster() -> None:
