@@ -7,13 +7,14 @@ Where ranks hold parts of it, it is cut in as many equal parts as there are rank
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .config import Communication
 from .observer import SILENT, Observer
 
 DTYPE_NAMES = {
@@ -87,6 +88,7 @@ class Communicator(ABC):
         axis: the mesh axis that the group spans.
         rank, world: this rank's number in the group, and the group's size.
         ledger: how often each kind of collective was started.
+        forced: the algorithm of a kind of collective, if not the one that `algorithm` would take.
     """
 
     observer: Observer = SILENT
@@ -94,6 +96,15 @@ class Communicator(ABC):
     def __init__(self, axis: str, rank: int, world: int) -> None:
         self.axis, self.rank, self.world = axis, rank, world
         self.ledger: Counter[Entry] = Counter()
+        self.forced: Mapping[str, str] = {}
+
+    def follow(self, wishes: Communication) -> None:
+        """Do as the config says from the next collective on; on all ranks, with nothing under way.
+
+        Raises:
+            ValueError: what cannot be done here.
+        """
+        self.forced = wishes.algorithms
 
     def all_reduce(self, buffer: Tensor, label: str, *, largest: bool = False, scalar: bool = False) -> Handle:
         """Sum (or, with `largest`, maximum) of every rank's `buffer` [n], on every rank."""
@@ -136,7 +147,7 @@ class Communicator(ABC):
 
     def _entry(self, kind: str, buffer: Tensor, *, largest: bool = False, scalar: bool = False) -> Entry:
         dtype = DTYPE_NAMES.get(buffer.dtype, str(buffer.dtype))
-        algorithm = self.algorithm(kind, buffer.numel() * buffer.element_size(), largest)
+        algorithm = self.forced.get(kind) or self.algorithm(kind, buffer.numel() * buffer.element_size(), largest)
         return Entry(kind, self.axis, buffer.numel(), dtype, algorithm, scalar)
 
     def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
@@ -170,6 +181,12 @@ class NativeCommunicator(Communicator):
     def __init__(self, axis: str, group: dist.ProcessGroup) -> None:
         super().__init__(axis, group.rank(), group.size())
         self.group = group
+
+    def follow(self, wishes: Communication) -> None:
+        if wishes != Communication():
+            raise ValueError(
+                f"communication = {wishes}: this backend does its own collectives over its own transport; leave it out"
+            )
 
     def perform(self, call: Call) -> Handle:
         return NativeHandle(native_collective(self.group, call), call.entry)

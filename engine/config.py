@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..collectives.algorithms import KINDS, algorithm
 from ..collectives.zero import Zero
 from ..reading import STRICT, nearest, read_into
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
@@ -92,6 +93,26 @@ class CompressionSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Communication:
+    """`communication`: ours; how collectives are done.
+
+    Attributes:
+        transport: between CPU ranks; "auto" is shared memory where all ranks are on one host, else sockets.
+        algorithms: for a kind of collective ("all_reduce") the algorithm that does it at every size ("ring",
+            "hierarchical/8x4", "native"); the others are chosen by size.
+    """
+
+    __pydantic_config__ = STRICT
+    transport: Literal["auto", "sockets", "shared_memory"] = "auto"
+    algorithms: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, name in self.algorithms.items():
+            if name != "native" or kind not in KINDS:
+                algorithm(kind, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
     """What engine/compressed.py does to gradients and to parameters on their way; None leaves them alone."""
 
@@ -115,6 +136,7 @@ class Json:
     fp16: Fp16Section = Fp16Section()
     communication_data_type: Literal["fp16", "bf16", "bfp16", "fp32"] | None = None
     communication_compression: CompressionSection = CompressionSection()
+    communication: Communication = Communication()
     seed: int = 1234
 
 
@@ -140,6 +162,7 @@ class Config:
     optimizer: OptimizerSection | None
     seed: int
     compression: Compression = Compression()
+    communication: Communication = Communication()
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int) -> "Config":
@@ -168,6 +191,7 @@ class Config:
             optimizer=keys.optimizer,
             seed=keys.seed,
             compression=_compression(keys, where),
+            communication=keys.communication,
         )
 
 

@@ -56,6 +56,7 @@ def initialize(
         raise ValueError("lr_scheduler must be a function of the optimizer, because the sharded one is made here")
     communicator = communicator_for(model_device(model), timeout_s)
     settings = Config.read(getattr(args, "deepspeed_config", None) if config is None else config, communicator.world)
+    communicator.follow(settings.communication)
     communicator = compressed(communicator, settings.compression, settings.seed)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     engine = Engine(model, settings, communicator, pattern, units)

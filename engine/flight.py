@@ -35,7 +35,8 @@ class SimCommunicator(Communicator):
     def perform(self, call: Call) -> Handle:
         entry = call.entry
         what = call.label.partition(" of ")[0]  # without the block, which a repeated segment cannot name
-        op = Collective(entry.kind, entry.axis, entry.elements, entry.dtype, None, what, entry.scalar)
+        algorithm = None if entry.algorithm == "native" else entry.algorithm
+        op = Collective(entry.kind, entry.axis, entry.elements, entry.dtype, algorithm, what, entry.scalar)
         return _SimHandle(self.recorder, self.recorder.collective(op))
 
     def replicate(self, tensors: Iterable[Tensor]) -> None:

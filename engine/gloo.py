@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from ..collectives.algorithms import algorithm, names
+from ..collectives.algorithms import KINDS, algorithm, names
 from ..collectives.choice import Selection
 from .communicator import Call, CommunicationError, Communicator, Entry, Handle, native_collective
+from .config import Communication
 from .program import Arrival, Message, Posted, Transport, lower
 from .shared_memory import FOLDER, SharedMemory
 from .sockets import Sockets
@@ -58,6 +59,8 @@ def default_selection(transport: str, world: int) -> Selection:
         }
     )
 
+
+APART = "the ranks are on several hosts or see different /dev/shm"
 
 ANSWER_S = 3.0
 """How long a rank that failed waits for the others to say what they were doing."""
@@ -99,9 +102,7 @@ class GlooCommunicator(Communicator):
         self.transport: Transport = Sockets(group, self.names, timeout_s)
         if shared_memory or (shared_memory is None and one_host):
             if not one_host:
-                raise ValueError(
-                    "shared_memory = True, but the ranks are on several hosts or see different /dev/shm: leave it out"
-                )
+                raise ValueError(f"shared_memory = True, but {APART}: leave it out")
             self.transport = SharedMemory(self.rank, self.names, self._token, timeout_s, self._look_up)
         self.selection = default_selection(self.transport.name, self.world)
         self._sequence = 0
@@ -112,13 +113,24 @@ class GlooCommunicator(Communicator):
         self._thread = threading.Thread(target=self._serve, name=f"windtunnel {axis} progress", daemon=True)
         self._thread.start()
 
+    def follow(self, wishes: Communication) -> None:
+        super().follow(wishes)
+        if wishes.transport == "shared_memory" and self.transport.name != "shared memory":
+            raise ValueError(f"communication.transport = 'shared_memory', but {APART}; allowed: auto, sockets")
+        if wishes.transport == "sockets":
+            self._over_sockets()
+
     def force(self, name: str, *, over_sockets: bool = False) -> None:
         """Have every collective done by one algorithm wherever it knows the kind; on all ranks, between collectives."""
-        rows = {kind: ((0, name if _known(kind, name) else rows[0][1]),) for kind, rows in self.selection.rows.items()}
-        self.selection = Selection(rows)
-        if over_sockets and not isinstance(self.transport, Sockets):
+        self.forced = {kind: name for kind in KINDS if _known(kind, name)}
+        if over_sockets:
+            self._over_sockets()
+
+    def _over_sockets(self) -> None:
+        if not isinstance(self.transport, Sockets):
             self.transport.close()
             self.transport = Sockets(self.group, self.names, self.timeout_s)
+            self.selection = default_selection(self.transport.name, self.world)
 
     def algorithm(self, kind: str, nbytes: int, largest: bool) -> str:
         return self.selection.name(kind, nbytes)
