@@ -1,6 +1,7 @@
 """Pictures of results. matplotlib draws them without a display."""
 
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,37 @@ def _curve_style(witness: str, algorithm: str) -> tuple[dict[str, Any], str]:
     if algorithm == "NCCL":
         return {"color": INK, "linewidth": 3, "alpha": 0.35}, "NCCL's choice, priced"
     return {"color": colour, "linewidth": 1.2}, f"{algorithm}, priced"
+
+
+def plot_losses(losses: Mapping[str, Sequence[float]], ratios: Mapping[str, float], path: Path) -> Path:
+    """Loss against step of compressed runs beside the first (uncompressed) one, and how far above it each ends.
+
+    Args:
+        losses: of every step, by the name of the run.
+        ratios: how many times fewer bytes each run sent.
+    """
+    names = list(losses)
+    plain = _last_mean(losses[names[0]])
+    with mpl.rc_context(STYLE):
+        figure, (curve, final) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(1.4, 1))
+        palette = mpl.colormaps["turbo"].resampled(len(names))
+        colours = {name: INK if name == names[0] else palette(number) for number, name in enumerate(names)}
+        for name, values in losses.items():
+            smooth = [statistics.median(values[max(0, end - 10) : end]) for end in range(1, len(values) + 1)]
+            first = name == names[0]
+            curve.plot(smooth, color=colours[name], linewidth=2.5 if first else 1.2, zorder=3 if first else 2)
+        curve.set(xlabel="step", ylabel="loss (median of 10 steps)", title="Training under compressed communication")
+        above = [_last_mean(losses[name]) - plain for name in names]
+        final.barh(names, above, color=[colours[name] for name in names])
+        final.set_yticks(range(len(names)), [f"{name}   {ratios[name]:.3g}x" for name in names])
+        final.invert_yaxis()
+        final.axvline(0, color=INK, linewidth=1)
+        final.set(xlabel="loss above the uncompressed run's, last 10 steps", title="Fewer bytes, and what they cost")
+        return save(figure, path)
+
+
+def _last_mean(losses: Sequence[float]) -> float:
+    return statistics.fmean(losses[-10:])
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..collectives.ring import RING
 from ..collectives.zero import UnitSize, padded
 from ..engine.engine import Engine, initialize
 from ..engine.gloo import GlooCommunicator
@@ -40,6 +41,8 @@ class Task:
             "zero_optimization": {"stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE}},
             "bf16": {"enabled": self.precision == "bf16"},
+            # Every byte through one program of ours and the kernel, so that it can be witnessed.
+            "communication": {"transport": "sockets", "algorithms": dict.fromkeys(RING, "ring")},
         }
 
     def sample(self) -> Sample:
@@ -127,8 +130,6 @@ def measure(rank: int, world: int, task: Task, stage: int, watch: float | None =
     engine, *_ = initialize(model, task.config(stage), timeout_s=task.timeout_s)
     communicator = engine.communicator
     if isinstance(communicator, GlooCommunicator):
-        # Every byte through one program of ours and the kernel, so that it can be witnessed.
-        communicator.force("ring", over_sockets=True)
         communicator.metered = True
     known = torch.load(task.reference_path)
     calls = _count_calls(engine)
