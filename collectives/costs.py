@@ -8,7 +8,7 @@ on the tier that it crosses, and lanes that share a block's link share its bandw
 |--------------------|---------------------------|----------------------------------------------------|
 | ring               | exact                     | exact on two that the group fills, else a bound    |
 | chain              | exact                     | exact                                              |
-| direct             | exact; all-to-all a bound | exact; all-to-all a bound                          |
+| direct             | exact; all-to-all if even | exact; all-to-all a bound                          |
 | halving_doubling   | exact for powers of two   | exact for powers of two; broadcast a bound         |
 | recursive_doubling | exact for powers of two   | exact for powers of two                            |
 | binomial_tree      | exact for powers of two   | exact for powers of two                            |
@@ -180,13 +180,13 @@ def _direct(kind: str, nbytes: float, group: int, network: Network, options: Opt
 def _pairwise(nbytes: float, stride: int, size: int, network: Network) -> float:
     """An all-to-all of `size` positions `stride` apart, in rounds of pairs.
 
-    Of two positions both are left out of the first round. Of more, somebody is busy in each of `size` rounds; those who
-    are left out of one send early, and at most every other message finds its link half taken by such a one.
+    Even in number and inside one tier all are busy in each of size - 1 rounds, in step. Else somebody is in each of
+    `size` rounds, some are ahead, and at most every other message finds its link half taken by one of these.
     """
     span = stride * size
-    if size <= 2:
-        return (size - 1) * _hop(nbytes / size, stride, span, network)
     met = _between(stride, span, network) if _nested(stride, span, network) else network
+    if size <= 2 or (size % 2 == 0 and len(met) == 1):
+        return (size - 1) * _hop(nbytes / size, stride, span, network)
     busy = (3 * size + 1) / 2 * nbytes / size
     return max(size * tier.latency_s + busy * block / tier.bytes_per_s for block, tier in met)
 

@@ -12,22 +12,34 @@ from .ring import every_part, every_rank_alike
 def pairwise_exchange(position: int, group: Sequence[int], blocks: Sequence[Runs]) -> Program:
     """What the ranks of a group hold for each other, block by block, changes places.
 
-    In round t those whose positions add up to t modulo n exchange: every round is a matching, and what comes takes the
-    place of what goes. The rank at `position` is left out of one round, when its partner would be itself.
+    Every round is a matching, and what comes takes the place of what goes.
 
     Args:
         blocks: for each position the chunks that go to it, and where what comes from it belongs.
     """
-    others = [(turn - position) % len(group) for turn in range(len(group))]
     return tuple(
         post(Send, group[other], blocks[other]) + post(Recv, group[other], blocks[other])
-        for other in others
-        if other != position
+        for other in round_robin(position, len(group))
     )
 
 
+def round_robin(position: int, size: int) -> list[int]:
+    """Whom the player at `position` meets in each round of a tournament in which everyone meets everyone once.
+
+    The circle method: those who go round meet in round t if their positions add up to t modulo their number, which is
+    odd. Whoever would meet himself meets the one who stands still, or of an odd number of players is left out.
+    """
+    round_of = size - 1 + size % 2
+    still = round_of
+    met = []
+    for turn in range(round_of):
+        other = turn * (round_of + 1) // 2 % round_of if position == still else (turn - position) % round_of
+        met.append(still if other == position else other)
+    return [other for other in met if other < size]
+
+
 def direct_all_to_all(rank: int, world: int) -> Program:
-    """n - 1 exchanges."""
+    """n - 1 exchanges, all ranks at once in each where they are even in number."""
     return pairwise_exchange(rank, range(world), every_part(world))
 
 

@@ -14,6 +14,7 @@ one_bit_adam    Adam whose momentum travels as one bit per element
 gloo            plays our programs on CPU ranks, in order, in a thread or by who waits; says who failed
 program         what a rank posts in each step of a program, for any transport
 sockets         moves messages through Gloo
+channel         a ring of slots in memory that two ranks map
 shared_memory   moves messages through memory that the ranks of a host share
 coalesce        many small tensors in a few collectives
 backend         makes "windtunnel" a backend of torch.distributed

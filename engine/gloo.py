@@ -36,28 +36,21 @@ from .wire import written_bytes
 def default_selection(transport: str, world: int) -> Selection:
     """What is fastest over a transport between ranks of one host (experiments/bench/results/collectives.csv).
 
-    Over sockets a message costs several changes of threads, so few of them win where latency counts. Gloo's own
-    all-reduce is a ring that overlaps adding with receiving, and pays for the handshake that it needs at middling
-    sizes. Through shared memory a step costs little and the copies count.
+    Over sockets a message costs several changes of threads, so few of them win. Through shared memory a step costs
+    little and the copies count. On two ranks every algorithm of one step is the same exchange, and a sum of two has the
+    same bits in either order.
     """
+    kinds = ("all_reduce", "reduce_scatter", "all_gather")
     moves = {"all_to_all": ((0, "direct"),), "broadcast": ((0, "binomial_tree"),), "reduce": ((0, "binomial_tree"),)}
-    if transport == SharedMemory.name:
-        halving = ((0, "halving_doubling"),)
-        sums = ((0, "recursive_doubling"), *(((1 << 20, "halving_doubling"),) if world > 2 else ()))
-        return Selection({"all_reduce": sums, "reduce_scatter": halving, "all_gather": halving, **moves})
     if world == 2:
-        sums = ((0, "direct"), (1 << 20, "native"), (8 << 20, "ring"))
-        return Selection(
-            {"all_reduce": sums, "reduce_scatter": ((0, "direct"),), "all_gather": ((0, "direct"),), **moves}
-        )
-    return Selection(
-        {
-            "all_reduce": ((0, "recursive_doubling"), (64 << 10, "halving_doubling")),
-            "reduce_scatter": ((0, "direct"),),
-            "all_gather": ((0, "direct"),),
-            **moves,
-        }
-    )
+        return Selection({**dict.fromkeys(kinds, ((0, "direct"),)), **moves})
+    if transport == SharedMemory.name:
+        sums = ((0, "binomial_tree"), (2 << 20, "halving_doubling"))
+        parts = ((0, "direct"), (2 << 20, "ring"))
+    else:
+        sums = ((0, "binomial_tree"), (32 << 20, "ring"))
+        parts = ((0, "direct"),)
+    return Selection({"all_reduce": sums, "reduce_scatter": parts, "all_gather": parts, **moves})
 
 
 APART = "the ranks are on several hosts or see different /dev/shm"

@@ -1,22 +1,15 @@
 """Moves a program's messages through memory that the ranks of one host share.
 
-Each ordered pair of ranks has a channel: a ring of slots in a file under /dev/shm that both map. The sender copies a
+Each ordered pair of ranks has a channel (engine/channel.py) in a file under /dev/shm that both map. The sender copies a
 piece of a message into a free slot, the receiver copies it out, or adds it from there while it is still in the cache.
 A step advances its sends and its receives in turn, slot by slot, so ranks that send to each other never block.
-
-[Note: cursors]
-Each channel has two counters of slots on cache lines of their own: `written` is advanced by the sender alone, `read` by
-the receiver alone. A slot's bytes must be visible before the counter that announces them. x86 keeps stores in order;
-on weaker machines (ARM) a release followed by an acquire of one lock is a full barrier, and costs 0.1 us everywhere.
 
 [Note: patience]
 A waiting rank looks again at once a few times, yielding its core each time, because ranks may outnumber cores; then
 it sleeps, which gives the interpreter's lock to the thread that runs backward.
 """
 
-import mmap
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,21 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .channel import CHANNEL_BYTES, SLOT_BYTES, SLOTS, Channel
 from .program import Arrival, Message, Posted
 
 FOLDER = Path("/dev/shm")
 
-SLOT_BYTES = 512 << 10
-SLOTS = 4
 SMALLEST_PIECE_BYTES = 128 << 10
 """Large messages travel in full slots; smaller ones in up to SLOTS pieces, so that both ends copy at once, but not in
 pieces below this, where the bookkeeping costs more than it gains."""
-
-_LINE_WORDS = 16  # two cache lines of 64 bytes, which x86 fetches together
-_WRITTEN, _READ = 0, _LINE_WORDS
-_LABELS = 2 * _LINE_WORDS  # of each slot: tag, bytes
-_DATA_BYTES = mmap.PAGESIZE
-CHANNEL_BYTES = _DATA_BYTES + SLOTS * SLOT_BYTES
 
 _ALIGNMENT_BYTES = 64
 
@@ -47,76 +33,6 @@ SHORTEST_SLEEP_S = 20e-6
 LONGEST_SLEEP_S = 1e-3
 LOOK_UP_AFTER = 400
 """see [Note: patience]"""
-
-
-class Channel:
-    """One end of the ring of slots from one rank to another: see [Note: cursors].
-
-    Attributes:
-        count: slots that this end has written or read.
-        payload_bytes: what has gone through this end.
-    """
-
-    def __init__(self, file: int) -> None:
-        self._map = mmap.mmap(file, CHANNEL_BYTES)
-        self.words = memoryview(self._map).cast("Q")
-        data = torch.frombuffer(self._map, dtype=torch.uint8, offset=_DATA_BYTES)
-        self._slots = {torch.uint8: list(data.split(SLOT_BYTES))}
-        self.count = 0
-        self.payload_bytes = 0
-
-    def slot(self, number: int, dtype: torch.dtype) -> Tensor:
-        if dtype not in self._slots:
-            self._slots[dtype] = [slot.view(dtype) for slot in self._slots[torch.uint8]]
-        return self._slots[dtype][number % SLOTS]
-
-    def can_write(self) -> bool:
-        return self.count - self.words[_READ] < SLOTS
-
-    def drained(self) -> bool:
-        """Whether the receiver has read all that was written."""
-        return self.words[_READ] == self.count
-
-    def write(self, piece: Tensor, tag: int) -> None:
-        """Fill the next slot; there must be a free one."""
-        self.slot(self.count, piece.dtype)[: piece.numel()].copy_(piece)
-        label = _LABELS + 2 * (self.count % SLOTS)
-        self.words[label] = tag
-        self.words[label + 1] = piece.nbytes
-        self._advance(_WRITTEN, piece.nbytes)
-
-    def waiting(self) -> tuple[int, int] | None:
-        """(tag, bytes) of the next slot to read, if it has been written."""
-        if self.words[_WRITTEN] == self.count:
-            return None
-        _barrier()
-        label = _LABELS + 2 * (self.count % SLOTS)
-        return self.words[label], self.words[label + 1]
-
-    def arrived(self, dtype: torch.dtype, elements: int) -> Tensor:
-        """What is `waiting`; it stays until `free`."""
-        return self.slot(self.count, dtype)[:elements]
-
-    def free(self, nbytes: int) -> None:
-        """The oldest slot may be written again."""
-        self._advance(_READ, nbytes)
-
-    def _advance(self, cursor: int, nbytes: int) -> None:
-        _barrier()
-        self.count += 1
-        self.payload_bytes += nbytes
-        self.words[cursor] = self.count
-
-
-_fence = threading.Lock()
-
-
-def _barrier() -> None:
-    """Everything before is visible to others before anything after: see [Note: cursors]."""
-    _fence.acquire()
-    _fence.release()
-    _fence.acquire()
-    _fence.release()
 
 
 class SharedMemory:

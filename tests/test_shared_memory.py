@@ -12,8 +12,9 @@ from test_performed import TRANSPORTS, make
 from windtunnel.collectives.algorithms import algorithm
 from windtunnel.collectives.program import sent_elements
 from windtunnel.engine import gloo, shared_memory
+from windtunnel.engine.channel import CHANNEL_BYTES, SLOTS
 from windtunnel.engine.communicator import CommunicationError
-from windtunnel.engine.shared_memory import CHANNEL_BYTES, SLOTS, SharedMemory
+from windtunnel.engine.shared_memory import SharedMemory
 from windtunnel.engine.world import World
 
 TIMEOUT_S = 1.0

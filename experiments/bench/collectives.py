@@ -10,7 +10,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ...collectives.algorithms import algorithms
-from ...collectives.choice import Selection
+from ...collectives.choice import Selection, choose, native
+from ...collectives.coalesce import buckets
 from ...engine.coalesce import Coalescer
 from ...engine.communicator import Communicator, NativeCommunicator
 from ...engine.gloo import GlooCommunicator
 from ...engine.world import World
+from ...sim.hardware import load_cluster
 from ..files import write_csv
 
 SIZES_BYTES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
@@ -32,9 +34,12 @@ KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 RESULTS = Path(__file__).parent / "results"
 SECONDS_PER_CONTENDER = 0.5
 LEAST_ROUNDS = 8
+LARGE_BYTES = 4 << 20
 
 SMALL_BYTES = [1024 * (1 + number % 64) for number in range(200)]
 """Tensors of 1 to 64 KiB."""
+
+PRICED_GPUS = 8
 
 BUCKETS_BYTES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
 
@@ -49,8 +54,12 @@ class Contender(NamedTuple):
 NATIVE = Contender("gloo", "native")
 
 
-def seconds_of(runs: dict[Any, Callable[[], None]], at_least_s: float) -> dict[Any, float]:
-    """Median seconds of each run. All ranks meet before each; the order turns, since what ran before leaves traces."""
+def seconds_of(runs: dict[Any, Callable[[], None]], at_least_s: float, calls: int) -> dict[Any, float]:
+    """Median seconds of a call of each run.
+
+    All ranks meet before each sample, and leave that meeting some 0.1 ms apart: a sample is several calls. The order
+    turns, since what ran before leaves traces.
+    """
     taken: dict[Any, list[float]] = {name: [] for name in runs}
     names = list(runs)
     deadline = time.perf_counter() + at_least_s
@@ -60,8 +69,9 @@ def seconds_of(runs: dict[Any, Callable[[], None]], at_least_s: float) -> dict[A
         for name in names[turn:] + names[:turn]:
             dist.barrier()
             began = time.perf_counter()
-            runs[name]()
-            taken[name].append(time.perf_counter() - began)
+            for _ in range(calls):
+                runs[name]()
+            taken[name].append((time.perf_counter() - began) / calls)
         rounds += 1
         enough[0] = float(time.perf_counter() > deadline and rounds > LEAST_ROUNDS)
         dist.broadcast(enough, 0)
@@ -84,7 +94,7 @@ def compare(rank: int, world: int, kind: str, nbytes: int, every: bool) -> dict[
             communicator.selection = Selection({kind: ((0, name),)})
             opened.append(communicator)
             runs[Contender(default.transport.name, name)] = _run(communicator, kind, nbytes)
-    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs))
+    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs), 2 if nbytes > LARGE_BYTES else 10)
     for communicator in opened:
         communicator.close()
     return medians
@@ -112,7 +122,7 @@ def compare_coalesced(rank: int, world: int, shared: bool) -> dict[int, float]:
         return lambda: coalescer.all_reduce(tensors, "bench").wait()
 
     runs = {0: alone, **{nbytes: by_bucket(nbytes) for nbytes in BUCKETS_BYTES}}
-    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs))
+    medians = seconds_of(runs, SECONDS_PER_CONTENDER * len(runs), 1)
     communicator.close()
     return medians
 
@@ -143,6 +153,18 @@ def rows_of(world: World, kind: str, nbytes: int, every: bool) -> list[dict[str,
     return rows
 
 
+def priced_gain(bucket_bytes: int) -> float:
+    """How many times longer the same tensors would take alone than in buckets, priced on a DGX A100."""
+    tiers = load_cluster("dgx-a100").tiers(PRICED_GPUS)
+    allowed = native("all_reduce", PRICED_GPUS, tiers)
+
+    def seconds(sizes_bytes: Iterable[int]) -> float:
+        return sum(choose("all_reduce", nbytes, PRICED_GPUS, tiers, allowed).seconds for nbytes in sizes_bytes)
+
+    parts = buckets(SMALL_BYTES, bucket_bytes)
+    return seconds(SMALL_BYTES) / seconds(sum(SMALL_BYTES[first:last]) for first, last in parts)
+
+
 def coalesced_rows(world: World) -> list[dict[str, Any]]:
     rows = []
     for transport, shared in (("sockets", False), ("shared memory", True)):
@@ -158,6 +180,7 @@ def coalesced_rows(world: World) -> list[dict[str, Any]]:
                     "alone_s": f"{times[0]:.3e}",
                     "coalesced_s": f"{times[bucket_bytes]:.3e}",
                     "alone_over_coalesced": f"{times[0] / times[bucket_bytes]:.2f}",
+                    "priced_on_dgx_a100": f"{priced_gain(bucket_bytes):.2f}",
                 }
             )
             print(*rows[-1].values(), flush=True)
