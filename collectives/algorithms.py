@@ -10,6 +10,7 @@
 | binomial_tree             | x          | x              | x          | x         | x      |            |
 | double_binary_tree/PIECES | x          |                |            | x         | x      |            |
 | direct                    | x          | x              | x          |           |        | x          |
+| pairwise                  |            |                |            |           |        | x          |
 | hierarchical/GxN[xP]      | x          | x              | x          | x         | x      | x          |
 
 Pieces left out are one; hierarchical/GxN/PIECES does the first three with phases that overlap.
@@ -20,7 +21,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 
-from .exchange import DIRECT
+from .exchange import DIRECT, PAIRWISE
 from .halving import HALVING_DOUBLING, RECURSIVE_DOUBLING
 from .hierarchy import hierarchical
 from .program import Algorithm
@@ -36,6 +37,7 @@ PLAIN: dict[str, dict[str, Algorithm]] = {
     "recursive_doubling": RECURSIVE_DOUBLING,
     "binomial_tree": BINOMIAL_TREE,
     "direct": DIRECT,
+    "pairwise": PAIRWISE,
 }
 """The families whose name says everything."""
 

@@ -107,7 +107,7 @@ def candidates(kind: str, group: int, tiers: Tiers) -> tuple[str, ...]:
         "all_gather": ("ring", "halving_doubling", *direct),
         "broadcast": ("binomial_tree", "halving_doubling"),
         "reduce": ("binomial_tree", "halving_doubling"),
-        "all_to_all": ("direct",),
+        "all_to_all": ("direct", "pairwise"),
     }[kind]
     pipelined = {
         "all_reduce": ("double_binary_tree",),

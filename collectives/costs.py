@@ -8,7 +8,8 @@ on the tier that it crosses, and lanes that share a block's link share its bandw
 |--------------------|---------------------------|----------------------------------------------------|
 | ring               | exact                     | exact on two that the group fills, else a bound    |
 | chain              | exact                     | exact                                              |
-| direct             | exact; all-to-all if even | exact; all-to-all a bound                          |
+| direct             | exact                     | exact                                              |
+| pairwise           | exact if even             | a bound                                            |
 | halving_doubling   | exact for powers of two   | exact for powers of two; broadcast a bound         |
 | recursive_doubling | exact for powers of two   | exact for powers of two                            |
 | binomial_tree      | exact for powers of two   | exact for powers of two                            |
@@ -191,7 +192,7 @@ def _pairwise(nbytes: float, stride: int, size: int, network: Network) -> float:
     return max(size * tier.latency_s + busy * block / tier.bytes_per_s for block, tier in met)
 
 
-def _direct_all_to_all(kind: str, nbytes: float, group: int, network: Network, options: Options) -> float:
+def _pairwise_all_to_all(kind: str, nbytes: float, group: int, network: Network, options: Options) -> float:
     return _pairwise(nbytes, 1, group, network)
 
 
@@ -372,8 +373,8 @@ _PRICES: dict[tuple[str, str], Price] = {
         ("binomial_tree", kind): _binomial_tree
         for kind in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce")
     },
-    **{("direct", kind): _direct for kind in ("all_reduce", "reduce_scatter", "all_gather")},
-    ("direct", "all_to_all"): _direct_all_to_all,
+    **{("direct", kind): _direct for kind in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")},
+    ("pairwise", "all_to_all"): _pairwise_all_to_all,
     **{("chain", kind): _chain for kind in ("broadcast", "reduce")},
     **{("double_binary_tree", kind): _double_binary_tree for kind in ("all_reduce", "broadcast", "reduce")},
     ("hierarchical", "any"): _hierarchical,

@@ -38,9 +38,19 @@ def round_robin(position: int, size: int) -> list[int]:
     return [other for other in met if other < size]
 
 
-def direct_all_to_all(rank: int, world: int) -> Program:
+def pairwise_all_to_all(rank: int, world: int) -> Program:
     """n - 1 exchanges, all ranks at once in each where they are even in number."""
     return pairwise_exchange(rank, range(world), every_part(world))
+
+
+def direct_all_to_all(rank: int, world: int) -> Program:
+    """One step: every part goes to its rank, and every part that comes has to wait until its place has been sent."""
+    return _at_once(
+        [
+            (Send((rank + d) % world, (rank + d) % world), Recv((rank - d) % world, (rank - d) % world))
+            for d in _hops(world)
+        ]
+    )
 
 
 def direct_reduce_scatter(rank: int, world: int) -> Program:
@@ -79,6 +89,10 @@ DIRECT: dict[str, Algorithm] = {
         ("all_reduce", direct_all_reduce, whole_buffer, every_rank_alike),
         ("reduce_scatter", direct_reduce_scatter, one_chunk_per_rank, every_rank_alike),
         ("all_gather", direct_all_gather, one_chunk_per_rank, every_rank_alike),
-        ("all_to_all", direct_all_to_all, one_chunk_per_rank, no_symmetry),
+        ("all_to_all", direct_all_to_all, one_chunk_per_rank, every_rank_alike),
     )
+}
+
+PAIRWISE: dict[str, Algorithm] = {
+    "all_to_all": Algorithm("all_to_all", "pairwise", pairwise_all_to_all, one_chunk_per_rank, no_symmetry)
 }

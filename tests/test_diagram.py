@@ -63,8 +63,8 @@ GOLDEN = {
         rank 4 | c3-5->5 c0-2+<5 | c1->0 c0+<2 | c0->0 c2+<2 | c2->0 c1<-2 | c1->0 c0<-2 | c0-2->5 c3-5<-5
         rank 5 | c0-2->4 c3-5+<4 | c4->1 c3+<3 | c3->1 c5+<3 | c5->1 c4<-3 | c4->1 c3<-3 | c3-5->4 c0-2<-4
         """,
-    ("all_to_all", "direct", 3): """
-        direct all_to_all of 3 ranks
+    ("all_to_all", "pairwise", 3): """
+        pairwise all_to_all of 3 ranks
         round  | 0           | 1           | 2
         rank 0 |             | c1->1 c1<-1 | c2->2 c2<-2
         rank 1 | c2->2 c2<-2 | c0->0 c0<-0
