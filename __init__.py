@@ -15,6 +15,7 @@ _HOMES = {
     "verify": "experiments.verify",
     "calibrate": "experiments.calibrate",
     "demo": "experiments.demo",
+    "reproduce": "experiments.reproduce",
 }
 
 __all__ = list(_HOMES)

@@ -44,12 +44,12 @@ def default_selection(transport: str, world: int) -> Selection:
     moves = {"all_to_all": ((0, "direct"),), "broadcast": ((0, "binomial_tree"),), "reduce": ((0, "binomial_tree"),)}
     if world == 2:
         return Selection({**dict.fromkeys(kinds, ((0, "direct"),)), **moves})
+    parts: tuple[tuple[int, str], ...] = ((0, "direct"),)
     if transport == SharedMemory.name:
         sums = ((0, "binomial_tree"), (2 << 20, "halving_doubling"))
-        parts = ((0, "direct"), (2 << 20, "ring"))
+        parts = (*parts, (2 << 20, "ring"))
     else:
         sums = ((0, "binomial_tree"), (32 << 20, "ring"))
-        parts = ((0, "direct"),)
     return Selection({"all_reduce": sums, "reduce_scatter": parts, "all_gather": parts, **moves})
 
 

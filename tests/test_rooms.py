@@ -123,7 +123,7 @@ def test_starts_without_torch(module: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("room", ["collectives", "engine", "experiments", "sim"])
+@pytest.mark.parametrize("room", ["collectives", "engine", "experiments", "kernels", "sim"])
 def test_a_room_lists_its_files(room: str) -> None:
     """The docstring of a room is its table of contents: one line for each module, and none for anything else."""
     docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
