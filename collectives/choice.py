@@ -93,7 +93,8 @@ def size_name(nbytes: float) -> str:
 def candidates(kind: str, group: int, tiers: Tiers) -> tuple[str, ...]:
     """The algorithms worth a try, in the order in which equals are preferred: the simpler first.
 
-    Hierarchical ones follow the tiers, where the group fills them; chains and double trees come in several pieces.
+    Hierarchical ones follow the tiers, where the group fills them; chains and double trees come in several pieces. An
+    all-reduce in one step is left out above two ranks: what each of them holds afterwards may differ in the last bits.
 
     Raises:
         ValueError: no such collective, or no tier joins the group.
@@ -102,7 +103,7 @@ def candidates(kind: str, group: int, tiers: Tiers) -> tuple[str, ...]:
         raise ValueError(f"kind = {kind!r} is no collective; allowed: {', '.join(KINDS)}")
     direct = ("direct",) if group <= DIRECT_RANKS else ()
     flat = {
-        "all_reduce": ("ring", "halving_doubling", "recursive_doubling", "binomial_tree", *direct),
+        "all_reduce": ("ring", "halving_doubling", "recursive_doubling", "binomial_tree", *direct[: group <= 2]),
         "reduce_scatter": ("ring", "halving_doubling", *direct),
         "all_gather": ("ring", "halving_doubling", *direct),
         "broadcast": ("binomial_tree", "halving_doubling"),

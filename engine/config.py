@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..collectives.algorithms import KINDS, algorithm
+from ..collectives.tiers import Tier
 from ..collectives.zero import Zero
 from ..reading import STRICT, nearest, read_into
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
@@ -100,13 +101,28 @@ class Communication:
         transport: between CPU ranks; "auto" is shared memory where all ranks are on one host, else sockets.
         algorithms: for a kind of collective ("all_reduce") the algorithm that does it at every size ("ring",
             "hierarchical/8x4", "native"); the others are chosen by size.
+        tiers: the network under the ranks, innermost first, as tables with the fields of Tier (collectives/tiers.py);
+            algorithms are then chosen by their price on it, else by what was measured on one host.
     """
 
     __pydantic_config__ = STRICT
     transport: Literal["auto", "sockets", "shared_memory"] = "auto"
     algorithms: dict[str, str] = field(default_factory=dict)
+    tiers: tuple[dict[str, Any], ...] = ()
+
+    def network(self) -> tuple[Tier, ...]:
+        """The tiers.
+
+        Raises:
+            ValueError: a field that a Tier does not have, or that is missing or wrong.
+        """
+        try:
+            return tuple(Tier(**table) for table in self.tiers)
+        except TypeError as error:
+            raise ValueError(f"tiers: {error}; allowed: the fields of Tier in collectives/tiers.py") from None
 
     def __post_init__(self) -> None:
+        self.network()
         for kind, name in self.algorithms.items():
             if name != "native" or kind not in KINDS:
                 algorithm(kind, name)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from ..collectives.algorithms import KINDS, algorithm, names
-from ..collectives.choice import Selection
+from ..collectives.choice import Selection, select
 from .communicator import Call, CommunicationError, Communicator, Entry, Handle, native_collective
 from .config import Communication
 from .program import Arrival, Message, Posted, Transport, lower
@@ -87,11 +87,11 @@ class GlooCommunicator(Communicator):
         *,
         shared_memory: bool | None = None,
     ) -> None:
+        self.names, self._token, one_host = _introduce(group)
         super().__init__(axis, group.rank(), group.size())
         self.group, self.store, self.timeout_s = group, store, timeout_s
         self.metered = False
         self.wire_bytes: dict[Entry, int] = {}
-        self.names, self._token, one_host = _introduce(group)
         self.transport: Transport = Sockets(group, self.names, timeout_s)
         if shared_memory or (shared_memory is None and one_host):
             if not one_host:
@@ -112,6 +112,8 @@ class GlooCommunicator(Communicator):
             raise ValueError(f"communication.transport = 'shared_memory', but {APART}; allowed: auto, sockets")
         if wishes.transport == "sockets":
             self._over_sockets()
+        if wishes.tiers:
+            self.selection = select(self.world, wishes.network())
 
     def force(self, name: str, *, over_sockets: bool = False) -> None:
         """Have every collective done by one algorithm wherever it knows the kind; on all ranks, between collectives."""
@@ -287,6 +289,11 @@ def _lowered(kind: str, name: str, rank: int, world: int, elements: int, root: i
 
 def _introduce(group: dist.ProcessGroup) -> tuple[tuple[int, ...], str, bool]:
     """(the ranks' numbers in the whole world, a name that this group of ranks alone has, whether they share a host)."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group = {group!r}: this process (rank {dist.get_rank()}) is not one of its ranks; only those may make a"
+            " communicator over it"
+        )
     mine = [dist.get_rank() if dist.is_initialized() else group.rank(), _host(), secrets.randbits(63)]
     everyone = torch.tensor(mine * group.size())
     if group.size() > 1:

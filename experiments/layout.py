@@ -1,5 +1,6 @@
 """How a job is laid out on a cluster: what the user chose, with every default resolved and every value checked."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,10 @@ from .models import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+COMMUNICATION_KEYS = ("communication", "communication_compression", "communication_data_type")
+ZERO_COMMUNICATION_KEYS = ("zero_quantized_weights", "zero_quantized_gradients")
+"""Of a DeepSpeed file: what it says about how ranks communicate, the latter in its section zero_optimization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ class Options:
     precision: str | None = None
     fidelity: str = "closed_form"
     clip: float = 0.0
+    communication: str = "{}"
+    """The keys of a DeepSpeed file that say how ranks communicate, as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,7 @@ class Layout:
     precision: str
     fidelity: str
     clip: float
+    communication: str
 
 
 ONLY_VALUE_SO_FAR: dict[str, Any] = {
@@ -106,6 +114,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
         clip=options.clip,
+        communication=options.communication,
     )
 
 
@@ -197,4 +206,12 @@ def from_deepspeed(path: str | Path, given: Options) -> Options:
         global_batch=given.global_batch or config.micro_batch * config.accumulation * ranks,
         precision=given.precision or ("fp32" if config.precision == "as is" else config.precision),
         clip=given.clip or config.clip,
+        communication=json.dumps(_communication(json.loads(Path(path).read_text()))),
     )
+
+
+def _communication(keys: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed file says about how ranks communicate."""
+    said = {key: keys[key] for key in COMMUNICATION_KEYS if key in keys}
+    zero = {key: value for key, value in keys.get("zero_optimization", {}).items() if key in ZERO_COMMUNICATION_KEYS}
+    return {**said, "zero_optimization": zero} if zero else said

@@ -1,5 +1,6 @@
 """`simulate`: one training step of a model on a cluster, without the cluster."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -73,6 +74,7 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
         precision=layout.precision,
         accumulation=layout.accumulation,
         clip=layout.clip,
+        communication=layout.communication,
     )
 
 
@@ -88,13 +90,16 @@ def _flight(
     precision: str,
     accumulation: int,
     clip: float,
+    communication: str,
 ) -> Trace:
     flown = replace(spec, layers=min(spec.layers, SHALLOWEST))
+    said = json.loads(communication)
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
         arguments={"spec": flown, "recompute": recompute, "batch": micro_batch, "seq": seq},
         config={
-            "zero_optimization": {"stage": zero},
+            **said,
+            "zero_optimization": {**said.get("zero_optimization", {}), "stage": zero},
             "optimizer": ADAMW,
             "gradient_clipping": clip,
             "bf16": {"enabled": precision == "bf16"},

@@ -77,6 +77,8 @@ def test_grids_follow_the_tiers(group: int, grid: str) -> None:
 
 def test_all_messages_at_once_are_for_few_ranks() -> None:
     assert "direct" in candidates("all_gather", 8, [NODE])
+    assert "direct" in candidates("all_reduce", 2, [NODE])
+    assert "direct" not in candidates("all_reduce", 3, [NODE])  # ranks would differ in the last bits
     assert "direct" not in candidates("all_gather", 16, [NODE, NODES])
     assert candidates("all_to_all", 20, [NODE, NODES]) == ("direct", "pairwise")
 

@@ -29,7 +29,7 @@ def test_the_defaults_of_the_contract() -> None:
         "model": "gpt2", "cluster": "dgx-a100", "gpus": 32, "dp": 32, "tp": 1, "pp": 1, "interleave": 1,
         "schedule": "1f1b", "zero": 0, "micro_batch": 1, "global_batch": 32, "accumulation": 1, "seq": 1024,
         "sequence_parallel": False, "recompute": "none", "offload": "none", "offload_to": "host",
-        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0,
+        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "communication": "{}",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 from windtunnel.collectives.algorithms import KINDS, algorithms
 from windtunnel.engine.communicator import Communicator, Entry, NativeCommunicator
+from windtunnel.engine.config import Communication
 from windtunnel.engine.gloo import GlooCommunicator
 from windtunnel.engine.world import World
 
@@ -316,6 +317,37 @@ def test_ranks_of_one_host_share_memory(two_ranks: World) -> None:
     for transport, used in two_ranks.run(defaults):
         assert transport == "sockets"
         assert "direct" in used
+
+
+def chosen_by_price(rank: int, world: int) -> tuple[float, set[str]]:
+    """A slow and a fast network, as the config describes them: few messages on the one, few bytes on the other."""
+    used = set()
+    for latency_s in (1.0, 0.0):
+        tier = {"name": "wire", "ranks": world, "latency_s": latency_s, "bytes_per_s": 1e6}
+        communicator = make("sockets")
+        communicator.follow(Communication(transport="sockets", tiers=(tier,)))
+        buffer = torch.ones(1000)
+        communicator.all_reduce(buffer, "test").wait()
+        used |= {entry.algorithm for entry in communicator.ledger}
+        communicator.close()
+    return float(buffer.sum()), used
+
+
+def test_the_config_can_describe_the_network(four_ranks: World) -> None:
+    assert four_ranks.run(chosen_by_price) == [(4000.0, {"recursive_doubling", "ring"})] * 4
+
+
+def outside(rank: int, world: int) -> str:
+    group = dist.new_group([0])
+    if rank == 0:
+        return ""
+    with pytest.raises(ValueError, match=rf"this process \(rank {rank}\) is not one of its ranks") as caught:
+        GlooCommunicator("data", group, _get_default_store(), 20.0)
+    return str(caught.value)
+
+
+def test_a_rank_outside_of_the_group_is_told(two_ranks: World) -> None:
+    assert all(two_ranks.run(outside)[1:])
 
 
 def make_default(rank: int, world: int) -> str:

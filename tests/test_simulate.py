@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from windtunnel.collectives.trace import walk
@@ -37,7 +38,7 @@ def test_every_option_is_in_the_layout_as_resolved() -> None:
         "model": "gpt-demo", "cluster": "dgx-a100", "gpus": 16, "dp": 16, "tp": 1, "pp": 1, "interleave": 1,
         "schedule": "1f1b", "zero": 2, "micro_batch": 2, "global_batch": 64, "accumulation": 2, "seq": DEMO.seq,
         "sequence_parallel": False, "recompute": "full", "offload": "none", "offload_to": "host",
-        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0,
+        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "communication": "{}",
     }  # fmt: skip
     assert set(result.layout) == set(Layout.__dataclass_fields__)
     assert result.tokens_per_s * result.step_time_s == pytest.approx(64 * DEMO.seq)
@@ -217,10 +218,27 @@ def test_a_result_is_plain_data() -> None:
         ({"cluster": "dgx-z"}, "unknown cluster 'dgx-z'; the catalogue has .*did you mean 'dgx-"),
         ({"gpus": 0}, "gpus = 0; allowed: an integer >= 1"),
         ({"global_batch": 3, "gpus": 2}, r"global-batch = 3; allowed: a multiple of micro-batch \* dp"),
-        ({"gpus": 1000, "fidelity": "events"}, "fidelity = 'events' .* allowed: at most 512 ranks"),
+        ({"gpus": 100_000, "fidelity": "events"}, "fidelity = 'events' .* allowed: 2,000,000: use 'closed_form'"),
     ],
 )
 def test_bad_input_is_a_value_error_of_one_line(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         simulate(**{"model": "gpt-demo", "cluster": "dgx-a100", **arguments})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_says_how_ranks_communicate(tmp_path: Path) -> None:
+    """Fewer bytes where it compresses, another price where it forces an algorithm."""
+
+    def flown(**keys: Any) -> StepResult:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, **keys}))
+        return simulate(DEMO, "dgx-a100", gpus=16, config=path, precision="fp32")
+
+    plain = flown()
+    packed = flown(communication_compression={"gradients": "int8"})
+    forced = flown(communication={"algorithms": {"reduce_scatter": "binomial_tree"}})
+    # Of reduce-scatter and all-gather in fp32 the first shrinks to int8 and a scale per block.
+    ratio = packed.bytes_sent_per_gpu["total"] / plain.bytes_sent_per_gpu["total"]
+    assert 0.5 < ratio < 0.7
+    assert forced.step_time_s > plain.step_time_s  # the whole buffer, log2 n times

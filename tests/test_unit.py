@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from windtunnel.collectives.zero import Zero, padded
-from windtunnel.engine.communicator import DONE, Communicator, Entry, Handle, SoloCommunicator
+from windtunnel.engine.communicator import DONE, Call, Communicator, Handle, SoloCommunicator
 from windtunnel.engine.observer import SILENT
 from windtunnel.engine.partition import partition
 from windtunnel.engine.unit import FlatUnit, Residency
@@ -23,17 +23,14 @@ class Imagined(Communicator):
         self.theirs = theirs
         self.labels: list[str] = []
 
-    def perform(self, entry: Entry, buffer: Tensor, label: str, largest: bool) -> Handle:
-        self.labels.append(label)
-        if entry.kind == "all_gather" and self.theirs is not None:
-            chunks, sent = buffer.view(self.world, -1), self.theirs.view(self.world, -1)
+    def perform(self, call: Call) -> Handle:
+        self.labels.append(call.label)
+        if call.entry.kind == "all_gather" and self.theirs is not None:
+            chunks, sent = call.buffer.view(self.world, -1), self.theirs.view(self.world, -1)
             for rank in range(self.world):
                 if rank != self.rank:
                     chunks[rank] = sent[rank]
         return DONE
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        pass
 
 
 class Shapes(nn.Module):

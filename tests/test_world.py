@@ -141,8 +141,7 @@ def test_a_rank_that_is_killed(two_ranks: World) -> None:
     message = run(two_ranks, die_in_a_collective)
     assert "rank 1 died: killed by SIGKILL" in message
     assert (
-        "rank 0 failed: number 1, reduce_scatter of 8 fp32 on axis 'data' (halving_doubling), gradients of block 3: "
-        in message
+        "rank 0 failed: number 1, reduce_scatter of 8 fp32 on axis 'data' (direct), gradients of block 3: " in message
     )
     assert "rank 1 did not answer" in message
 
@@ -157,7 +156,7 @@ def test_a_rank_that_stalls(four_ranks: World) -> None:
 
 def test_a_stall_in_training(two_ranks: World) -> None:
     message = run(two_ranks, stall_in_training)
-    assert "all_gather of 12 fp32 on axis 'data' (halving_doubling), parameters of root: " in message
+    assert "all_gather of 12 fp32 on axis 'data' (direct), parameters of root: " in message
     assert "rank 1 was still busy" in message
 
 

@@ -198,8 +198,10 @@ def live_storages() -> dict[int, torch.UntypedStorage]:
 def hold_model_states(rank: int, world: int, run: Run, precision: str) -> tuple[int, int]:
     """(bytes of live storages after a step, the formula's for rank 0)."""
     before = live_storages()  # kept, so that no storage below takes over the number of one of these
-    overrides = {"bf16": {"enabled": True}} if precision == "bf16" else {}
-    engine = start_engine(run, run.build(), **overrides)
+    # Channels of shared memory stay as long as the communicator; sockets keep nothing.
+    engine = start_engine(
+        run, run.build(), bf16={"enabled": precision == "bf16"}, communication={"transport": "sockets"}
+    )
     for step in range(2):
         batch = [
             tuple(t.bfloat16() if precision == "bf16" and t.is_floating_point() else t for t in b)
