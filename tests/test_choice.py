@@ -1,6 +1,5 @@
 """The choice of an algorithm: never dearer than any other, and crossover points where two prices meet."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -93,8 +92,10 @@ def test_crossovers_are_where_the_choice_changes(tiers: tuple[Tier, ...], group:
         assert choose(kind, start, group, tiers, names).name == name
     for (_, before), (start, name) in pairwise(rows):
         assert before != name
-        slack = max(1, math.ceil(2 * CROSSOVER_SHARE * start))
-        assert choose(kind, max(0, start - slack), group, tiers, names).name != name or start <= 2
+        # At some size close below `start` the one before was the best, and prices grow at most in proportion to size.
+        last, least = start - 1, start - max(1, CROSSOVER_SHARE * start)
+        price = seconds(kind, before, last, group, tiers)
+        assert price <= choose(kind, last, group, tiers, names).seconds * (last / least if last else 1) * (1 + 1e-8)
     selection = select(group, tiers, [kind], {kind: names})
     for power in range(LARGEST_BYTES.bit_length()):
         assert selection.name(kind, 1 << power) == choose(kind, 1 << power, group, tiers, names).name
