@@ -6,13 +6,12 @@ bandwidth-optimal all-reduce sends; it is comparable between numbers of ranks.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..collectives.choice import candidates, choose, native
-from ..collectives.costs import seconds
 from ..collectives.tiers import Tier
 from ..sim.hardware import load_cluster
 from .files import write_csv
@@ -92,41 +91,33 @@ def published_points() -> list[Point]:
 
 
 def priced_nodes(published: Sequence[Point]) -> list[Point]:
-    """Every family of algorithms, and the one that NCCL would choose of its own, at the published sizes."""
+    """Every family of algorithms, in its best number of pieces, and what NCCL would choose of its own."""
     points = []
     for gpu, node in NODES.items():
         tiers = load_cluster(node.cluster).tiers(NODE_GPUS)
         sizes = sorted({point.nbytes for point in published if point.network == network(gpu)})
-        families = {name.partition("/")[0]: name for name in candidates("all_reduce", NODE_GPUS, tiers)}
-        points += priced(network(gpu), NODE_GPUS, tiers, tuple(families.values()), sizes)
-        points += [
-            Point(
-                network=network(gpu),
-                witness="priced",
-                algorithm="NCCL",
-                ranks=NODE_GPUS,
-                nbytes=nbytes,
-                seconds=choose("all_reduce", nbytes, NODE_GPUS, tiers, native("all_reduce", NODE_GPUS, tiers)).seconds,
-            )
-            for nbytes in sizes
-        ]
+        contenders = {"NCCL": native("all_reduce", NODE_GPUS, tiers)}
+        for name in candidates("all_reduce", NODE_GPUS, tiers):
+            family = name.partition("/")[0]
+            contenders[family] = (*contenders.get(family, ()), name)
+        points += priced(network(gpu), NODE_GPUS, tiers, contenders, sizes)
     return points
 
 
 def priced(
-    where: str, ranks: int, tiers: Sequence[Tier], algorithms: Sequence[str], sizes: Sequence[int]
+    where: str, ranks: int, tiers: Sequence[Tier], contenders: Mapping[str, Sequence[str]], sizes: Sequence[int]
 ) -> list[Point]:
-    """Each algorithm's price at each size."""
+    """Each contender's price at each size: that of the best of its algorithms."""
     return [
         Point(
             network=where,
             witness="priced",
-            algorithm=name,
+            algorithm=contender,
             ranks=ranks,
             nbytes=nbytes,
-            seconds=seconds("all_reduce", name, nbytes, ranks, tiers),
+            seconds=choose("all_reduce", nbytes, ranks, tiers, names).seconds,
         )
-        for name in algorithms
+        for contender, names in contenders.items()
         for nbytes in sizes
     ]
 
@@ -191,7 +182,7 @@ def priced_here(measured: Sequence[Point]) -> list[Point]:
         ring = [point for point in measured if point.network == here(transport) and point.algorithm == "ring"]
         latency_s, bytes_per_s = fit_ring([RingTime("all_reduce", p.nbytes, p.seconds) for p in ring], RANKS)
         tier = Tier(name=transport, ranks=RANKS, latency_s=latency_s, bytes_per_s=bytes_per_s)
-        ours = [name for name in HERE if name != "native"]
+        ours = {name: (name,) for name in HERE if name != "native"}
         points += priced(here(transport), RANKS, [tier], ours, HERE_BYTES)
     return points
 

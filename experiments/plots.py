@@ -134,22 +134,26 @@ def plot_curves(points: "Sequence[Point]", path: Path) -> Path:
         figure, grid = pyplot.subplots(2, 2, figsize=(12, 8.5))
         for axes, network in zip(grid.flat, networks, strict=True):
             _curves(axes, [point for point in points if point.network == network])
-            axes.set_title(network)
+            axes.set_title(f"{network} (lines: priced)")
         return save(figure, path)
 
 
 def _curves(axes: Any, points: "Sequence[Point]") -> None:
+    observed = {point.algorithm for point in points if point.witness != "priced"}
     for witness, algorithm in dict.fromkeys((point.witness, point.algorithm) for point in points):
         line = [point for point in points if (point.witness, point.algorithm) == (witness, algorithm)]
         style, label = _curve_style(witness, algorithm)
+        if witness == "priced" and algorithm in observed - {"NCCL"}:
+            label = "_"  # its markers are in the legend
         axes.plot([p.nbytes for p in line], [p.bus_bytes_per_s / 1e9 for p in line], label=label, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_ylim(top=12 * max(point.bus_bytes_per_s for point in points) / 1e9)  # room for the legend
     sizes = sorted({point.nbytes for point in points})
     ticks = [size for size in sizes if size & (size - 1) == 0][:: 2 if len(sizes) > 8 else 1]
     axes.set_xticks(ticks, [size_name(tick) for tick in ticks])
     axes.set(xlabel="buffer", ylabel="bus bandwidth, GB/s")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 
 
 def _curve_style(witness: str, algorithm: str) -> tuple[dict[str, Any], str]:
