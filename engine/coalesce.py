@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..collectives.coalesce import buckets
+from .arena import unpack
 from .communicator import Communicator, Handle
 
 BUCKET_BYTES = 1 << 20
@@ -88,8 +89,6 @@ class CoalescedHandle:
             return
         for handle, flat, members in self._runs:
             handle.wait()
-            parts = flat.split([tensor.numel() for tensor in members])
-            for tensor, part in zip(members, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            unpack(flat, members)
         self._runs = []
         self._coalescer.done()

@@ -99,6 +99,7 @@ def reproduce(folder: Path, say: Say) -> Item:
         csv=write_csv(folder / "choices.csv", rows),
         rows=rows,
         sentence=f"the fastest all-reduce on {CLUSTER}, of all that can be priced: {chosen}",
+        tables=tuple(choices_table(CLUSTER, gpus) for gpus in GPUS),
     )
 
 

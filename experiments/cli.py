@@ -205,7 +205,11 @@ def reproduce(
     if as_json:
         _print_json(reproduction.to_dict(items))
         return
+    from .tables import show
+
     for item in items:
+        for table in item.tables:
+            show(table)
         print(f"{item.name}: {item.sentence}\n  plot: {item.plot}\n  csv: {item.csv}")
 
 

@@ -1,12 +1,15 @@
 """Published tables and figures, made again: each with the published points, a picture, a CSV and a sentence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..reading import nearest
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Say = Callable[[str], None]
 
@@ -18,6 +21,7 @@ class Item:
     Attributes:
         rows: of the CSV.
         sentence: what the comparison says, with its figures.
+        tables: the rows for a terminal, where they can be read there.
     """
 
     name: str
@@ -25,6 +29,7 @@ class Item:
     csv: Path
     rows: Sequence[dict[str, Any]]
     sentence: str
+    tables: "tuple[Table, ...]" = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ def test_choices_are_a_picture_a_table_and_a_sentence(tmp_path: Path) -> None:
     assert f"{GPUS[-1]:,} GPUs" in item.sentence
     (answer,) = to_dict([item])["items"]
     assert set(answer) == {"name", "plot", "csv", "rows", "sentence"}
+    assert [table.row_count for table in item.tables] == [
+        sum(row["gpus"] == gpus for row in item.rows) for gpus in GPUS
+    ]
     assert choices(tmp_path, print) == item
 
 
