@@ -5,7 +5,7 @@ sections 5 and 7. The formulas here are *expectations*: they know parameter coun
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,10 @@ class Zero:
             raise ValueError(f"zero stage = {stage}; allowed: 0, 1, 2, 3")
         return cls(optimizer=stage >= 1, gradients=stage >= 2, parameters=stage >= 3)
 
+    def of_unit(self, persistent: bool) -> "Zero":
+        """What holds for a unit: persistent ones keep whole parameters."""
+        return replace(self, parameters=False) if persistent else self
+
     @property
     def stage(self) -> int:
         return self.optimizer + self.gradients + self.parameters
@@ -37,6 +41,7 @@ class UnitSize:
         element_bytes: of the parameters and gradients, 4 or 2 (8 in float64).
         trainable: frozen units have no gradients and no optimizer state.
         calls: how often the forward of its module runs in a micro-step; sharded parameters are gathered for each.
+        persistent: its parameters stay whole, even where the others are sharded.
     """
 
     elements: int
@@ -44,6 +49,7 @@ class UnitSize:
     padding: int = 0
     trainable: bool = True
     calls: int = 1
+    persistent: bool = False
 
 
 def padded(elements: int, ranks: int) -> int:
@@ -55,11 +61,12 @@ def sent_bytes_per_step(units: Iterable[UnitSize], zero: Zero, ranks: int, micro
     """Payload that each rank sends for its units in one optimizer step (SC 2020, section 7).
 
     With P elements padded, n ranks and k micro-steps: stages 0 and 1 send 2 P (n-1)/n, stage 2 (k+1) P (n-1)/n, stage 3
-    3 k P (n-1)/n. Few-element reductions (gradient norm, bitmap of used parameters) are not in it.
+    3 k P (n-1)/n; persistent units as in stage 2. Few-element reductions (gradient norm, bitmap of used
+    parameters) are not in it.
     """
     total = 0
     for unit in units:
-        if zero.parameters:
+        if zero.of_unit(unit.persistent).parameters:
             rounds = (unit.calls + 1 + unit.trainable) * micro_steps  # forward, backward, gradients
         elif not unit.trainable:
             rounds = 0
@@ -84,7 +91,9 @@ def model_state_bytes(
     totals = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for unit in units:
         shard = unit.elements // ranks
-        totals["parameters"] += (shard if zero.parameters else unit.elements) * unit.element_bytes
+        totals["parameters"] += (
+            shard if zero.of_unit(unit.persistent).parameters else unit.elements
+        ) * unit.element_bytes
         if not unit.trainable:
             continue
         totals["gradients"] += (shard if zero.gradients else unit.elements) * unit.element_bytes

@@ -23,6 +23,36 @@ DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
 """Our name of a `communication_data_type`; DeepSpeed writes bf16 as "bfp16" there."""
 
 
+LEAST_ELEMENTS = {
+    "reduce_bucket_size": 1,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+"""Smallest values of the sizes in `zero_optimization`; a JSON file may write them as 5e8."""
+
+
+def _unbounded(elements: float | None) -> float:
+    return math.inf if elements is None else int(elements)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffers:
+    """Bounds, in elements, of what a rank holds besides its shards.
+
+    Attributes:
+        bucket_elements: of one flat unit, unless a single parameter is larger.
+        live_elements: of all gathered units, beyond which none is gathered before it is needed.
+        ahead_elements: of the units gathered before they are needed.
+        persistent_below: smaller parameters are never sharded.
+    """
+
+    bucket_elements: float = 500_000_000
+    live_elements: float = math.inf
+    ahead_elements: float = math.inf
+    persistent_below: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroSection:
     """`zero_optimization`: which of optimizer state, gradients and parameters each rank keeps only 1/n of.
@@ -30,16 +60,37 @@ class ZeroSection:
     Attributes:
         zero_quantized_weights: parameters are gathered as int8 blocks (ZeRO++'s qwZ).
         zero_quantized_gradients: gradients are exchanged as int4 blocks (ZeRO++'s qgZ).
+        reduce_bucket_size: elements of the largest flat unit, and so of its gradient buffer and of one collective;
+            blocks with more are cut between parameters.
+        stage3_max_live_parameters: gathered elements beyond which nothing is gathered ahead.
+        stage3_prefetch_bucket_size: elements that may be on their way ahead of their use; 0 gathers nothing ahead.
+        stage3_param_persistence_threshold: parameters with fewer elements stay whole on every rank.
     """
 
     __pydantic_config__ = STRICT
     stage: int = 0
+    reduce_bucket_size: float = 500_000_000
+    stage3_max_live_parameters: float | None = None
+    stage3_prefetch_bucket_size: float | None = None
+    stage3_param_persistence_threshold: float = 0
     zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
             raise ValueError(f"stage = {self.stage}; allowed: 0, 1, 2, 3")
+        for name, least in LEAST_ELEMENTS.items():
+            value = getattr(self, name)
+            if value is not None and (value < least or value != int(value)):
+                raise ValueError(f"{name} = {value:g}; allowed: an integer >= {least}, in elements")
+
+    def buffers(self) -> "Buffers":
+        return Buffers(
+            bucket_elements=int(self.reduce_bucket_size),
+            live_elements=_unbounded(self.stage3_max_live_parameters),
+            ahead_elements=_unbounded(self.stage3_prefetch_bucket_size),
+            persistent_below=int(self.stage3_param_persistence_threshold),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +218,8 @@ class Config:
         precision: dtype of parameters and gradients: "as is" keeps the model's own.
         loss_scale: what the loss is multiplied by before backward, and the gradients divided by after it.
         compression: of what travels between ranks.
+        communication: how collectives are done.
+        buffers: how large what is not a shard may grow.
     """
 
     zero: Zero
@@ -179,6 +232,7 @@ class Config:
     seed: int
     compression: Compression = Compression()
     communication: Communication = Communication()
+    buffers: Buffers = Buffers()
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int) -> "Config":
@@ -208,6 +262,7 @@ class Config:
             seed=keys.seed,
             compression=_compression(keys, where),
             communication=keys.communication,
+            buffers=keys.zero_optimization.buffers(),
         )
 
 

@@ -118,7 +118,14 @@ class Engine(nn.Module):
         self.module, self.settings, self.communicator = model, settings, communicator
         self.global_steps = 0
         self.lr_scheduler: Any = None
-        blocks, parts = partition(model, pattern.param_groups, units)
+        buffers = settings.buffers
+        blocks, parts = partition(
+            model,
+            pattern.param_groups,
+            units,
+            bucket_elements=buffers.bucket_elements,
+            persistent_below=buffers.persistent_below if settings.zero.parameters else 0,
+        )
         flat = []
         for part in parts:
             communicator.observer.enter("initialize", part.block)
@@ -131,7 +138,7 @@ class Engine(nn.Module):
         with communicator.observer.category("buffers"):
             _narrow_buffers(model, settings)
         communicator.replicate(model.buffers())
-        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation)
+        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation, buffers)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, loss_scale=settings.loss_scale)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:

@@ -4,7 +4,9 @@ A parameter belongs to the deepest unit module that contains *all* its users, so
 even when one of its users sits in a block.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +29,15 @@ class Part:
     Attributes:
         owner: the unit module, whose forward needs them.
         block: its number among the repeated blocks, -1 for the root.
+        number: its number among the parts of its owner.
+        persistent: its parameters stay whole on every rank, even where parameters are sharded.
     """
 
     owner: nn.Module
     block: int
     slots: tuple[Slot, ...]
+    number: int = 0
+    persistent: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -44,6 +50,7 @@ class Part:
     @property
     def label(self) -> str:
         name = "root" if self.block < 0 else f"block {self.block}"
+        name += f" part {self.number}" if self.number else ""
         return name if self.trainable else f"{name} (frozen)"
 
 
@@ -62,13 +69,21 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def partition(
-    model: nn.Module, groups: Sequence[dict], units: Iterable[nn.Module] | None = None
+    model: nn.Module,
+    groups: Sequence[dict],
+    units: Iterable[nn.Module] | None = None,
+    *,
+    bucket_elements: float = math.inf,
+    persistent_below: int = 0,
 ) -> tuple[list[nn.Module], list[Part]]:
     """Cut a model into parts.
 
     Args:
         groups: the optimizer's parameter groups, each with a list of parameters under "params".
         units: unit modules that override the repeated blocks.
+        bucket_elements: a part with more elements than this is cut between its parameters into several; a parameter
+            that is larger by itself is a part by itself.
+        persistent_below: parameters with fewer elements than this are put into persistent parts.
 
     Returns:
         The unit modules in order of registration (not the root), and the parts, those of the root first.
@@ -91,10 +106,29 @@ def partition(
         if parameter.requires_grad and group < 0:
             raise ValueError(f"parameter {name!r} requires a gradient but is in no parameter group of the optimizer")
         owner = homes[parameter]
-        key = (number.get(owner, -1), owner, parameter.dtype, parameter.requires_grad, group)
+        persistent = parameter.numel() < persistent_below
+        key = (number.get(owner, -1), owner, persistent, parameter.dtype, parameter.requires_grad, group)
         parts.setdefault(key, []).append(Slot(name, parameter, group))
-    cut = [Part(owner, block, tuple(slots)) for (block, owner, *_), slots in parts.items()]
+    cut: list[Part] = []
+    count: Counter[nn.Module] = Counter()
+    for (block, owner, persistent, *_), slots in parts.items():
+        for bucket in _buckets(slots, bucket_elements):
+            cut.append(Part(owner, block, bucket, count[owner], persistent))
+            count[owner] += 1
     return blocks, sorted(cut, key=lambda part: part.block)
+
+
+def _buckets(slots: list[Slot], limit: float) -> Iterator[tuple[Slot, ...]]:
+    """Neighbours whose elements together stay within the limit, at least one each."""
+    bucket: list[Slot] = []
+    elements = 0
+    for slot in slots:
+        if bucket and elements + slot.parameter.numel() > limit:
+            yield tuple(bucket)
+            bucket, elements = [], 0
+        bucket.append(slot)
+        elements += slot.parameter.numel()
+    yield tuple(bucket)
 
 
 def _homes(model: nn.Module, number: dict[nn.Module, int]) -> dict[nn.Parameter, nn.Module]:

@@ -50,7 +50,8 @@ class FlatUnit:
     """
 
     def __init__(self, part: Part, zero: Zero, communicator: Communicator, dtype: torch.dtype, observer: Observer):
-        self.part, self.zero, self.communicator, self.observer = part, zero, communicator, observer
+        self.part, self.communicator, self.observer = part, communicator, observer
+        self.zero = zero.of_unit(part.persistent)
         self.owner, self.block, self.label, self.trainable = part.owner, part.block, part.label, part.trainable
         self.group = part.slots[0].group
         self.parameters = [slot.parameter for slot in part.slots]
@@ -66,6 +67,11 @@ class FlatUnit:
             self._make_gradients(dtype)
 
     @property
+    def sharded(self) -> bool:
+        """Whether its parameters are."""
+        return self.zero.parameters
+
+    @property
     def size(self) -> UnitSize:
         """What the closed forms of collectives/zero.py need to know of the unit."""
         return UnitSize(
@@ -73,6 +79,7 @@ class FlatUnit:
             padding=self.elements - sum(parameter.numel() for parameter in self.parameters),
             element_bytes=self.full.element_size(),
             trainable=self.trainable,
+            persistent=self.part.persistent,
         )
 
     def _lay_out(self, dtype: torch.dtype) -> None:

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from ..collectives.zero import Zero
 from .communicator import Communicator, Handle
+from .config import Buffers
 from .observer import Observer
-from .unit import FlatUnit
+from .unit import FlatUnit, Residency
 
 # [Note: one reduction behind]
 # While the reduction of a unit is under way, backward fills the gradient buffer of the next one. Before a third buffer
 # is taken the oldest reduction is waited for, so gradients in full never take more than two units' memory, whatever
 # the depth of the model.
 REDUCTIONS_BEHIND = 1  # see [Note: one reduction behind]
+
+BOUNDLESS = Buffers()
 
 
 # [Note: when a unit is reduced]
@@ -52,9 +55,10 @@ class ZeroRuntime:
         zero: Zero,
         communicator: Communicator,
         accumulation: int,
+        buffers: Buffers = BOUNDLESS,
     ) -> None:
         self.model, self.units, self.zero, self.communicator = model, units, zero, communicator
-        self.accumulation = accumulation
+        self.accumulation, self.buffers = accumulation, buffers
         self.observer: Observer = communicator.observer
         self.micro_step = 0
         self.used: set[nn.Parameter] = set()
@@ -63,13 +67,18 @@ class ZeroRuntime:
         self._of: dict[nn.Module, list[FlatUnit]] = {module: [] for module in self._owners}
         for unit in units:
             self._of[unit.owner].append(unit)
-        # Every rank reduces in this order, whatever its own graph looked like: the blocks backwards, then the root,
-        # whose embedding gets its gradient last.
+        # Every rank reduces in this order, whatever its own graph looked like: the blocks backwards, their last
+        # parameters first, then the root, whose embedding gets its gradient last.
         trainable = [unit for unit in units if unit.trainable]
-        self._reduce_order = sorted(trainable, key=lambda unit: -unit.block if unit.block >= 0 else 1)
+        self._reduce_order = sorted(
+            trainable, key=lambda unit: (-unit.block if unit.block >= 0 else 1, -unit.part.number)
+        )
         self._unit_of = {parameter: unit for unit in trainable for parameter in unit.parameters}
         self._backward_running = False
         self._calls_left: Counter[nn.Module] = Counter()  # forwards that backward has not come to
+        self._entered: set[nn.Module] = set()  # modules that backward has come to
+        self._arrived: Counter[FlatUnit] = Counter()  # gradients of this backward
+        self._reduced_inside: list[FlatUnit] = []
         self._behind: deque[tuple[FlatUnit, Handle]] = deque()
         self._install_hooks()
 
@@ -131,6 +140,8 @@ class ZeroRuntime:
             waiting = False
             self._begin_backward()
             self._calls_left[module] -= 1
+            self._entered.add(module)
+            self._free_reduced_inside()
             self._reduce_left(module)
             if self._block[module] >= 0:
                 self.observer.enter("backward", self._block[module])
@@ -149,8 +160,18 @@ class ZeroRuntime:
         if self._block[module] < 0:
             follows = 0 if direction > 0 else len(self._owners) - 2
         if 0 <= follows < len(self._owners) - 1:
-            for unit in self._of[self._owners[follows + 1]]:
-                unit.gather()
+            self._gather_ahead(self._of[self._owners[follows + 1]])
+
+    def _gather_ahead(self, units: list[FlatUnit]) -> None:
+        """Ask for units before they are needed, within the bounds; all ranks decide alike, by sizes and order alone."""
+        sharded = [unit for unit in units if unit.residency is Residency.SHARDED]
+        live = sum(unit.elements for unit in self.units if unit.residency is not Residency.SHARDED and unit.sharded)
+        ahead = 0
+        for unit in sharded:
+            ahead += unit.elements
+            if ahead > self.buffers.ahead_elements or live + ahead > self.buffers.live_elements:
+                return
+            unit.gather()
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         self._begin_backward()
@@ -163,6 +184,8 @@ class ZeroRuntime:
             )
         unit.accept(parameter, self.gradient_scale)
         self.used.add(parameter)
+        self._arrived[unit] += 1
+        self._reduce_complete()
 
     # Backward #
 
@@ -177,8 +200,26 @@ class ZeroRuntime:
         self._backward_running = True
         self._reduced: set[FlatUnit] = set()
         self._next_to_reduce = 0
+        self._entered.clear()
+        self._arrived.clear()
         self.observer.enter("backward.begin", len(self._owners) - 1)
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _reduce_complete(self) -> None:
+        """Start the reduction of units of a block that backward is in, but that have all their gradients.
+
+        That bounds the gradients in full by the size of units instead of blocks. It keeps the order of collectives on
+        a rank that misses a gradient: inside a block there are no others.
+        """
+        while self._next_to_reduce < len(self._reduce_order):
+            unit = self._reduce_order[self._next_to_reduce]
+            alone = len(self._of[unit.owner]) == 1  # it is reduced when backward leaves the block, which comes next
+            if alone or self._arrived[unit] < len(unit.parameters):
+                return
+            if unit.owner not in self._entered or self._calls_left[unit.owner]:
+                return
+            self._reduce(unit)
+            self._reduced_inside.append(unit)
 
     def _reduce_left(self, reached: nn.Module) -> None:
         """Start the reductions, in order, of units whose backward is over: see [Note: when a unit is reduced]."""
@@ -186,12 +227,22 @@ class ZeroRuntime:
             unit = self._reduce_order[self._next_to_reduce]
             if unit.owner in (reached, self.model) or self._calls_left[unit.owner]:
                 return
+            unit.free()
             self._reduce(unit)
+
+    def _free_reduced_inside(self) -> None:
+        """Free units that were reduced before backward left their block.
+
+        Not when they were reduced: the rest of the block's backward may read a value whose gradient is complete (a
+        detached use of it).
+        """
+        for unit in self._reduced_inside:
+            unit.free()
+        self._reduced_inside.clear()
 
     def _reduce(self, unit: FlatUnit) -> None:
         self._next_to_reduce += 1
         self._reduced.add(unit)
-        unit.free()
         if not (self.zero.gradients or self.at_boundary):
             return
         while len(self._behind) > REDUCTIONS_BEHIND:
@@ -208,6 +259,7 @@ class ZeroRuntime:
         self.observer.enter("backward.end", -1)
         for unit in self._reduce_order[self._next_to_reduce :]:
             self._reduce(unit)
+        self._free_reduced_inside()
         while self._behind:
             self._absorb_oldest()
         for unit in self.units:

@@ -236,6 +236,7 @@ def _unit_sizes(engine: Engine, calls: Counter[nn.Module], forwards: int) -> Ite
             element_bytes=width,
             trainable=unit.trainable,
             calls=calls[unit.owner] // forwards,
+            persistent=unit.part.persistent,
         )
 
 

@@ -163,7 +163,7 @@ def test_parts_split_by_dtype_trainability_and_group() -> None:
     ]
     assert [slot.group for part in parts if part.block == 0 for slot in part.slots] == [0, 0, 1, -1, -1]
     assert [part.trainable for part in parts if part.block == 0] == [True, True, True, False]
-    assert [part.label for part in parts if not part.trainable] == ["block 0 (frozen)"]
+    assert [part.label for part in parts if not part.trainable] == ["block 0 part 3 (frozen)"]
 
 
 def test_a_frozen_parameter_in_a_group_is_kept_apart() -> None:

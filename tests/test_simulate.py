@@ -59,11 +59,12 @@ def test_catalogue_models_fly_under_zero_3(model: str, gpus: int) -> None:
     assert 0 < result.mfu < 1
     assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s)
     # 16 bytes per parameter in bf16 with fp32 masters and moments, a share of each. Padding is below one element per
-    # unit and rank.
-    assert 0 <= result.model_state_bytes - 16 * spec.parameters / gpus <= 16 * (spec.layers + 1)
+    # unit and rank; blocks of more than 5e8 parameters are several units, of a matrix at least but for the first.
+    units = 6 * (spec.layers + 1)
+    assert 0 <= result.model_state_bytes - 16 * spec.parameters / gpus <= 16 * units
     # Gathered twice and reduced once, 2 bytes each, and a few bytes of bookkeeping.
     sent = 3 * 2 * spec.parameters * (gpus - 1) / gpus
-    assert 0 <= result.bytes_sent_per_gpu["total"] - sent <= 3 * 2 * gpus * (spec.layers + 1) + 1024
+    assert 0 <= result.bytes_sent_per_gpu["total"] - sent <= 3 * 2 * gpus * units + 1024
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -153,7 +154,7 @@ def test_175_billion_parameters_on_1024_gpus_and_then_on_others() -> None:
     (pid,) = {each._child.pid for each in pilot._pilots}
     second = simulate("gpt3-175b", "dgx-a100", gpus=512, zero=3, recompute="full")
     assert {each._child.pid for each in pilot._pilots} == {pid}
-    assert second.model_state_bytes == pytest.approx(2 * first.model_state_bytes, rel=1e-4)  # padding
+    assert second.model_state_bytes == pytest.approx(2 * first.model_state_bytes, rel=5e-4)  # padding
     assert not simulate("gpt3-175b", "dgx-a100", gpus=8, zero=3, recompute="full").fits
 
 
