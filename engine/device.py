@@ -1,5 +1,6 @@
 """Facts about devices: which communicator serves which. Every `if cuda` of the engine lives here."""
 
+import ctypes
 import os
 from datetime import timedelta
 
@@ -15,6 +16,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's dtype by the name of a precision; "as is" is left out because it changes nothing."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3), from <malloc.h>."""
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what this process frees, as torch's allocator does on CUDA.
+
+    Buffers of units come and go in every step; given back to the kernel, they cost a page fault per 4 KiB when next
+    used: 10,000 in a step of 17 M parameters on two ranks, against 1,000 to 2,000 with this, at the same peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have no such knob
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -50,6 +67,8 @@ def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: b
         return current_communicator()
     if device.type not in BACKENDS:
         raise ValueError(f"device {device.type!r}; allowed: {', '.join(BACKENDS)}, or sim inside a flight")
+    if device.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             return SoloCommunicator()

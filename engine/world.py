@@ -5,7 +5,6 @@ process group, and its results come back in the order of the ranks. The store li
 can still say what they were doing when one of them is gone.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,12 +22,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from .communicator import CommunicationError
+from .device import keep_freed_memory
 from .gloo import ANSWER_S
 
 START_LIMIT_S = 120.0
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt(3), from <malloc.h>."""
 
 
 class WorldError(RuntimeError):
@@ -153,7 +150,7 @@ def _rank_main(rank: int, size: int, port: int, timeout_s: float, threads: int, 
     """A rank: join the group, then serve bodies until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a world ends
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    keep_freed_memory()
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     pipe.send((True, None))
@@ -169,14 +166,6 @@ def _rank_main(rank: int, size: int, port: int, timeout_s: float, threads: int, 
             return  # the parent is gone
     sys.stdout.flush()
     os._exit(0)  # no destructor of a process group waits for peers that have left
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks: given back to the kernel, they cost a page fault per 4 KiB when next used."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have no such knob
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _next_work(pipe: Connection) -> tuple[Callable[..., Any], tuple] | None:
