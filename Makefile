@@ -18,7 +18,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	cd $(VENV)/link && ../bin/mypy --cache-dir ../mypy --config-file windtunnel/pyproject.toml \
-		-m windtunnel -m windtunnel.reading $(addprefix -p windtunnel.,$(ROOMS))
+		-m windtunnel -m windtunnel.reading -m windtunnel.comm -m windtunnel.zero $(addprefix -p windtunnel.,$(ROOMS))
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .

@@ -9,6 +9,9 @@ from typing import Any
 _HOMES = {
     "initialize": "engine",
     "Engine": "engine",
+    "DeepSpeedEngine": "engine.script",
+    "add_config_arguments": "engine.script",
+    "init_distributed": "engine.script",
     "World": "engine",
     "register_backend": "engine.backend",
     "simulate": "experiments.simulate",
@@ -18,10 +21,19 @@ _HOMES = {
     "reproduce": "experiments.reproduce",
 }
 
-__all__ = list(_HOMES)
+_MODULES = ("comm", "zero")
+
+__all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+        from .reading import nearest
+
+        known = sorted(__all__)
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(known)}{nearest(name, known)}"
+        )
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,7 +1,13 @@
 """Performs: trains a model in parallel on CPU, CUDA, or the simulated device.
 
 engine          initialize(), Engine: forward, backward, step
+queries         what a script asks its engine: ranks, batch sizes, rates
+loss            where the loss is in what a model returned
+script          what a DeepSpeed script calls besides initialize: arguments, init_distributed
+gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
+dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
+mesh            how many ranks each kind of parallelism gets
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)

@@ -16,6 +16,8 @@ from ..collectives.tiers import Tier
 from ..collectives.zero import Zero
 from ..reading import STRICT, nearest, read_into
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
+from .dialect import translated
+from .mesh import Mesh
 
 DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
     "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",
@@ -205,6 +207,9 @@ class Json:
     communication_compression: CompressionSection = CompressionSection()
     communication: Communication = Communication()
     seed: int = 1234
+    dp_size: int | None = None
+    mp_size: int = 1
+    pipeline_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,14 +240,18 @@ class Config:
     buffers: Buffers = Buffers()
 
     @classmethod
-    def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int) -> "Config":
+    def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int, arguments: Any = None) -> "Config":
         """From a dict or the path of a JSON file; None gives the defaults.
+
+        Args:
+            arguments: of the script, from whose attributes values of "auto" are taken (see engine/dialect.py).
 
         Raises:
             ValueError: an unknown key, a wrong type, or batch sizes that do not fit `ranks`.
         """
-        where, data = _load(source)
-        keys = read_into(Json, data, where)
+        where, data = load_json(source)
+        keys = read_into(Json, translated(data, where, arguments), where)
+        Mesh(data=keys.dp_size, tensor=keys.mp_size, pipeline=keys.pipeline_size).check(ranks, where)
         micro_batch, accumulation = _batch_sizes(keys, ranks, where)
         if not 0 <= keys.gradient_clipping < math.inf:
             raise ValueError(
@@ -266,7 +275,12 @@ class Config:
         )
 
 
-def _load(source: str | Path | Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any]]:
+def load_json(source: str | Path | Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any]]:
+    """(what errors call it, the keys as written) of a dict or the path of a JSON file.
+
+    Raises:
+        ValueError: a file that cannot be read or is not a JSON object.
+    """
     if source is None:
         return "config", {}
     if isinstance(source, Mapping):

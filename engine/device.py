@@ -48,6 +48,19 @@ def model_device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
+def join(backend: str | None, timeout_s: float) -> None:
+    """Join the process group that the environment describes, unless it is joined or nobody launched this process.
+
+    Args:
+        backend: of torch.distributed; None is gloo for CPU tensors and, where there is CUDA, nccl for its.
+    """
+    if dist.is_initialized() or "RANK" not in os.environ:
+        return
+    if backend is None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
 def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: bool | None = None) -> Communicator:
     """A communicator over all data-parallel ranks for a model on `device`.
 
@@ -70,9 +83,9 @@ def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: b
     if device.type == "cpu":
         keep_freed_memory()
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            return SoloCommunicator()
-        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=timeout_s))
+        join(BACKENDS[device.type], timeout_s)
+    if not dist.is_initialized():
+        return SoloCommunicator()
     group = dist.group.WORLD
     assert group is not None
     if group.size() == 1:

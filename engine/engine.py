@@ -10,25 +10,32 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .communicator import Communicator
 from .compressed import compressed, uncompressed
-from .config import Config
+from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device
+from .gathered import remember
+from .loss import loss_of
 from .optimizer import ShardedOptimizer, unsharded
 from .partition import partition
+from .queries import Queries, of_module
 from .unit import FlatUnit
 from .zero import ZeroRuntime
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+Keys = Mapping[str, Any] | str | Path
+Criterion = Callable[..., Tensor]
 
 
 def initialize(
     model: nn.Module,
-    config: Mapping[str, Any] | str | Path | None = None,
+    criterion: Criterion | Keys | None = None,
+    config: Keys | None = None,
     *,
     optimizer: torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     args: Any = None,
+    dist_init_required: bool | None = None,
     lr_scheduler: SchedulerFactory | None = None,
     units: Iterable[nn.Module] | None = None,
     timeout_s: float = 600.0,
@@ -37,11 +44,16 @@ def initialize(
 
     Args:
         model: any module; its parameters stay the same objects, their memory moves into flat units.
-        config: DeepSpeed's JSON as a dict or a path (the keys of engine/config.py).
-        optimizer: made on the model's parameters, or a function of them; else the config's `optimizer` section.
+        criterion: kept as `engine.criterion`, for `engine.criterion(engine(inputs), targets)`; a config may stand in
+            its place: `initialize(model, {...})`.
+        config: DeepSpeed's JSON as a dict or a path (the keys of docs/config.md).
+        optimizer: made on the model's parameters, or a function of them; else the config's `optimizer` section; else
+            AdamW as torch sets it up.
         model_parameters: parameters or parameter groups for the configured optimizer; else all trainable ones.
         training_data: a dataset for a loader of this rank's micro-batches, joined by `collate_fn`.
-        args: parsed command-line arguments, whose `deepspeed_config` is the config's path if no other is given.
+        args: parsed command-line arguments, whose `deepspeed_config` is the config's path if no other is given, and
+            whose attributes values of "auto" stand for (engine/dialect.py).
+        dist_init_required: accepted; the process group is joined if it is not yet.
         lr_scheduler: a function of the sharded optimizer that returns a torch scheduler; `engine.step` steps it.
         units: modules whose parameters travel together; else the repeated blocks of the model.
         timeout_s: how long a rank waits for the others in one collective.
@@ -54,15 +66,35 @@ def initialize(
     """
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ValueError("lr_scheduler must be a function of the optimizer, because the sharded one is made here")
+    criterion, config = _told_apart(criterion, config)
     communicator = communicator_for(model_device(model), timeout_s)
-    settings = Config.read(getattr(args, "deepspeed_config", None) if config is None else config, communicator.world)
+    source = getattr(args, "deepspeed_config", None) if config is None else config
+    settings = Config.read(source, communicator.world, args)
     communicator.follow(settings.communication)
     communicator = compressed(communicator, settings.compression, settings.seed)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     engine = Engine(model, settings, communicator, pattern, units)
+    engine.criterion = criterion
     scheduler = lr_scheduler(engine.optimizer) if lr_scheduler is not None else None
     engine.lr_scheduler = scheduler
     return engine, engine.optimizer, _loader(training_data, collate_fn, settings, communicator), scheduler
+
+
+def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:
+    """(criterion, config), of which the second may have been given in the place of the first.
+
+    Raises:
+        ValueError: two configs, or a criterion that is none or would have to be trained.
+    """
+    if isinstance(criterion, Mapping | str | Path):
+        if config is not None:
+            raise ValueError("initialize got two configs; allowed: initialize(model, criterion, config)")
+        return None, criterion
+    if criterion is not None and not callable(criterion):
+        raise ValueError(f"criterion is a {type(criterion).__name__}; allowed: a function of outputs and targets")
+    if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+        raise ValueError(f"criterion {type(criterion).__name__} has trainable parameters; make it part of the model")
+    return criterion, config
 
 
 def _pattern(
@@ -72,7 +104,9 @@ def _pattern(
     trainable = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
-    return optimizer(trainable) if optimizer is not None else unsharded(trainable, settings.optimizer)
+    if optimizer is not None:
+        return optimizer(trainable)
+    return unsharded(trainable, settings.optimizer or OptimizerSection(type="AdamW"))
 
 
 def _loader(
@@ -95,15 +129,16 @@ def _narrow_buffers(model: nn.Module, settings: Config) -> None:
             buffer.data = buffer.to(DTYPES[settings.precision])
 
 
-class Engine(nn.Module):
+class Engine(Queries, nn.Module):
     """A model in training: `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
     Every `backward` is a micro-step and is followed by `step`, which steps the optimizer at the last of
     `gradient_accumulation_steps` and does nothing before.
 
     Attributes:
-        module: the user's model.
+        module: the user's model; what the engine itself does not have is looked up there.
         optimizer: its ShardedOptimizer.
+        criterion: what `initialize` was given, or None.
     """
 
     def __init__(
@@ -118,6 +153,7 @@ class Engine(nn.Module):
         self.module, self.settings, self.communicator = model, settings, communicator
         self.global_steps = 0
         self.lr_scheduler: Any = None
+        self.criterion: Criterion | None = None
         buffers = settings.buffers
         blocks, parts = partition(
             model,
@@ -140,12 +176,26 @@ class Engine(nn.Module):
         communicator.replicate(model.buffers())
         self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation, buffers)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, loss_scale=settings.loss_scale)
+        remember(self.runtime)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "module" not in self.__dict__.get("_modules", {}):
+                raise
+            return of_module(self, self.module, name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return self.module(*arguments, **keywords)
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-step. The mean over ranks and micro-steps is taken as gradients arrive, not here."""
+    def backward(self, loss: Any) -> None:
+        """Backward of one micro-step. The mean over ranks and micro-steps is taken as gradients arrive, not here.
+
+        Args:
+            loss: a scalar tensor, or what a model returned with one in it (engine/loss.py).
+        """
+        loss = loss_of(loss)
         if self.settings.loss_scale != 1.0:
             loss = loss * self.settings.loss_scale
         loss.backward()
@@ -167,24 +217,6 @@ class Engine(nn.Module):
     def settle(self) -> None:
         """Wait until the parameters of the last step are here, before reading them directly."""
         self.runtime.settle()
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-step under way is the last one before the optimizer steps."""
-        return self.runtime.at_boundary
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.settings.micro_batch
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.settings.accumulation
-
-    def zero_optimization_stage(self) -> int:
-        return self.settings.zero.stage
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping; None where nothing is clipped."""
-        norm = self.optimizer.gradient_norm
-        return None if norm is None else float(norm)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter whole, by name, on the host. All ranks must call it."""

@@ -151,7 +151,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self.runtime.observer.category("optimizer")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: a step leaves no gradients behind."""
+        """Nothing to do: a step leaves no gradients behind.
+
+        Raises:
+            RuntimeError: after a backward and before its step, where gradients would be lost.
+        """
+        if self.runtime.micro_step:
+            raise RuntimeError(
+                f"zero_grad() after {self.runtime.micro_step} of {self.runtime.accumulation} micro-steps would drop"
+                " their gradients; call it after the step, or not at all"
+            )
 
 
 def _hyper(group: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:

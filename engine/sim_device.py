@@ -51,6 +51,7 @@ def register() -> None:
         )
     _setup_privateuseone_for_python_backend(NAME, backend_module=_SimModule())
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    _library.impl("_copy_from", _copy_from, "PrivateUse1")
     # Above autograd, so that it holds in recomputation too, where modes of the forward are not active.
     _library.impl("scaled_dot_product_attention", _fused_attention, "AutogradPrivateUse1")
     _library.impl("_fused_sgd_", _in_place, "Meta")  # torch has shapes for the fused Adams, not for SGD
@@ -67,6 +68,11 @@ _library = torch.library.Library("aten", "IMPL")
 
 def _empty_strided(size: Iterable[int], stride: Iterable[int], *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
     return torch._C._acc.create_empty_tensor(tuple(size), dtype or torch.get_default_dtype())
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """`torch.tensor([1.0], device="sim")` copies its values from the host, outside of fake tensors; none are kept."""
+    return target
 
 
 @torch.library.custom_op("windtunnel::attention", mutates_args=())

@@ -172,6 +172,15 @@ class FlatUnit:
             self._release(self.full)
             self.residency = Residency.SHARDED
 
+    def adopt(self) -> None:
+        """Train on from what `full` holds: someone has set the parameters while they were GATHERED."""
+        start, stop = self.bounds
+        with torch.no_grad():
+            if self.zero.parameters:
+                self.shard.copy_(self.full[start:stop])
+            if self.trainable and self.master is not self.shard:
+                self.master.copy_(self.shard)
+
     def _point_to(self, values: list[Tensor]) -> None:
         """Let the parameters show these values: NaN for what is not here, where freed memory would end the process."""
         for parameter, value in zip(self.parameters, values, strict=True):

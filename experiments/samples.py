@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.loss import loss_of
+
 Sample = tuple[nn.Module, list[Any]]
 
 
@@ -63,18 +65,14 @@ def check_sample(target: str, steps: int | None, parts: int) -> None:
 
 
 def run_model(model: Callable[..., Any], batch: Any) -> Tensor:
-    """The loss of a forward pass: the output itself, its `.loss`, or its first item."""
+    """The loss of a forward pass (engine/loss.py)."""
     if isinstance(batch, Mapping):
         output = model(**batch)
     elif isinstance(batch, tuple | list):
         output = model(*batch)
     else:
         output = model(batch)
-    if isinstance(output, Tensor):
-        return output
-    loss = output.loss if hasattr(output, "loss") else output[0]
-    assert isinstance(loss, Tensor)
-    return loss
+    return loss_of(output)
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -284,9 +284,11 @@ def test_optimizers_that_need_a_whole_parameter_are_refused() -> None:
         initialize(model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
-def test_no_optimizer_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no optimizer: pass optimizer="):
-        initialize(nn.Linear(3, 3))
+def test_without_an_optimizer_it_is_adamw_as_torch_sets_it_up() -> None:
+    engine, optimizer, *_ = initialize(nn.Linear(3, 3))
+    whole = torch.optim.AdamW(engine.module.parameters())
+    assert optimizer.defaults == whole.defaults
+    assert [type(stepper) for stepper in optimizer._steppers.values()] == [torch.optim.AdamW]
 
 
 def test_closure_is_refused() -> None:
