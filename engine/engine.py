@@ -139,6 +139,7 @@ class Engine(Queries, nn.Module):
         module: the user's model; what the engine itself does not have is looked up there.
         optimizer: its ShardedOptimizer.
         criterion: what `initialize` was given, or None.
+        global_steps, micro_steps: steps of the optimizer, and micro-steps that `step` has ended, since the beginning.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Engine(Queries, nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.settings, self.communicator = model, settings, communicator
-        self.global_steps = 0
+        self.global_steps = self.micro_steps = 0
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
         buffers = settings.buffers
@@ -207,6 +208,7 @@ class Engine(Queries, nn.Module):
         """
         if self.runtime.micro_step == 0:
             raise RuntimeError("engine.step() without a backward before it: nothing has been accumulated")
+        self.micro_steps += 1
         if self.runtime.micro_step < self.settings.accumulation:
             return
         self.optimizer.step()
@@ -229,7 +231,10 @@ class Engine(Queries, nn.Module):
         (`state_dict` of a model whose parameters are sharded shows NaN where values are not here.)
         """
         shown = {name: value.cpu().clone() for name, value in self.module.state_dict().items()}
-        return shown | self.full_parameters()
+        whole = self.full_parameters()
+        first_name = {parameter: name for name, parameter in self.module.named_parameters()}
+        every_name = self.module.named_parameters(remove_duplicate=False)
+        return shown | {name: whole[first_name[parameter]] for name, parameter in every_name if name in shown}
 
     def close(self) -> None:
         """End the communicator's thread; the parameters stay as they are."""

@@ -35,6 +35,7 @@ class Queries:
         optimizer: ShardedOptimizer
         runtime: ZeroRuntime
         global_steps: int
+        micro_steps: int
 
     # Ranks #
 
@@ -61,11 +62,6 @@ class Queries:
     # Batches and steps #
 
     @property
-    def micro_steps(self) -> int:
-        """Backwards since the beginning, of this rank."""
-        return self.global_steps * self.settings.accumulation + self.runtime.micro_step
-
-    @property
     def global_samples(self) -> int:
         """Samples that all ranks have trained on."""
         return self.global_steps * self.train_batch_size()
@@ -81,8 +77,8 @@ class Queries:
         return self.settings.accumulation
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-step under way is the last one before the optimizer steps."""
-        return self.runtime.at_boundary
+        """Whether the micro-step under way, which ends with `step`, is the last one before the optimizer steps."""
+        return (self.micro_steps + 1) % self.settings.accumulation == 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `optimizer.zero_grad`: nothing to do, and an error where gradients would be lost."""

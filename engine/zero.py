@@ -142,7 +142,8 @@ class ZeroRuntime:
             self._calls_left[module] -= 1
             self._entered.add(module)
             self._free_reduced_inside()
-            self._reduce_left(module)
+            if module is not self.model:  # whose output may be its last block's, and that block's backward begins here
+                self._reduce_left(module)
             if self._block[module] >= 0:
                 self.observer.enter("backward", self._block[module])
             self._bring(module, -1)

@@ -1,6 +1,7 @@
 """How a job is laid out on a cluster: what the user chose, with every default resolved and every value checked."""
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,12 +12,17 @@ from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
 from .models import ModelSpec
 
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
+"""The optimizer that is flown where no file names one."""
+
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-COMMUNICATION_KEYS = ("communication", "communication_compression", "communication_data_type")
-ZERO_COMMUNICATION_KEYS = ("zero_quantized_weights", "zero_quantized_gradients")
-"""Of a DeepSpeed file: what it says about how ranks communicate, the latter in its section zero_optimization."""
+SAID_BY_OPTIONS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization.stage", "bf16.enabled", "fp16.enabled",
+)  # fmt: skip
+"""Keys of a DeepSpeed file that options say in full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +46,8 @@ class Options:
     precision: str | None = None
     fidelity: str = "closed_form"
     clip: float = 0.0
-    communication: str = "{}"
-    """The keys of a DeepSpeed file that say how ranks communicate, as JSON."""
+    engine: str = "{}"
+    """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,7 @@ class Layout:
     precision: str
     fidelity: str
     clip: float
-    communication: str
+    engine: str
 
 
 ONLY_VALUE_SO_FAR: dict[str, Any] = {
@@ -114,7 +120,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
         clip=options.clip,
-        communication=options.communication,
+        engine=options.engine,
     )
 
 
@@ -184,21 +190,22 @@ def _precision(options: Options, cluster: Cluster) -> str:
     return precision
 
 
-def from_deepspeed(path: str | Path, given: Options) -> Options:
-    """The options that a DeepSpeed JSON file states, where the user gave none on the command line.
+def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Options:
+    """The options that a DeepSpeed JSON file (or dict) states, where the user gave none on the command line.
 
     Raises:
         ValueError: the file does not fit, see engine/config.py.
     """
     from dataclasses import replace
 
-    from ..engine.config import Config
+    from ..engine.config import Config, load_json
 
     _check(given)
     if given.dp is None and given.gpus is None:
         raise ValueError("gpus is missing; allowed: an integer >= 1, because --config states batch sizes for all ranks")
     ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp)
-    config = Config.read(path, ranks)
+    config = Config.read(source, ranks)
+    _, keys = load_json(source)
     return replace(
         given,
         zero=config.zero.stage if given.zero is None else given.zero,
@@ -206,12 +213,33 @@ def from_deepspeed(path: str | Path, given: Options) -> Options:
         global_batch=given.global_batch or config.micro_batch * config.accumulation * ranks,
         precision=given.precision or ("fp32" if config.precision == "as is" else config.precision),
         clip=given.clip or config.clip,
-        communication=json.dumps(_communication(json.loads(Path(path).read_text()))),
+        engine=json.dumps(dict(_rest(keys))),
     )
 
 
-def _communication(keys: dict[str, Any]) -> dict[str, Any]:
-    """What a DeepSpeed file says about how ranks communicate."""
-    said = {key: keys[key] for key in COMMUNICATION_KEYS if key in keys}
-    zero = {key: value for key, value in keys.get("zero_optimization", {}).items() if key in ZERO_COMMUNICATION_KEYS}
-    return {**said, "zero_optimization": zero} if zero else said
+def _rest(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What a DeepSpeed file says beyond the options."""
+    for name, value in keys.items():
+        if prefix + name in SAID_BY_OPTIONS:
+            continue
+        if isinstance(value, Mapping) and any(said.startswith(f"{prefix}{name}.") for said in SAID_BY_OPTIONS):
+            value = dict(_rest(value, f"{prefix}{name}."))
+            if not value:
+                continue
+        yield name, value
+
+
+def engine_config(layout: Layout) -> dict[str, Any]:
+    """What the engine is flown with: the file's keys, and over them what the options say."""
+    keys = json.loads(layout.engine)
+    sections = {
+        "zero_optimization": {"stage": layout.zero},
+        "bf16": {"enabled": layout.precision == "bf16"},
+        "fp16": {"enabled": layout.precision == "fp16"},
+    }
+    return {
+        "optimizer": ADAMW,
+        **keys,
+        **{name: {**keys.get(name, {}), **said} for name, said in sections.items()},
+        "gradient_clipping": layout.clip,
+    }

@@ -16,23 +16,25 @@ from ..sim.memory import replay_memory
 from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
-from .layout import Layout, Options, from_deepspeed, resolve
+from .layout import Layout, Options, engine_config, from_deepspeed, resolve
 from .models import ModelSpec, load_model
-
-ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 
 SECONDS_PER_DAY = 86_400
 
 
 def simulate(
-    model: str | ModelSpec, cluster: str | Cluster, *, config: str | Path | None = None, **options: Any
+    model: str | ModelSpec,
+    cluster: str | Cluster,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> StepResult:
     """Simulate one steady training step.
 
     Args:
         model: a catalogue name, a TOML file or a ModelSpec.
         cluster: a catalogue name, a TOML file or a Cluster.
-        config: a DeepSpeed JSON file for what `options` leave open.
+        config: a DeepSpeed JSON file, or its dict, for what `options` leave open; the engine that is flown honours it.
         options: fields of experiments.layout.Options: gpus, dp, zero, micro_batch, global_batch, seq, recompute, ...
 
     Raises:
@@ -42,7 +44,7 @@ def simulate(
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     chosen = Options(**options)
-    layout = resolve(from_deepspeed(config, chosen) if config else chosen, spec, machine)
+    layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
     trace = flight(spec, layout)
     return price(
         trace,
@@ -67,44 +69,27 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
     return _flight(
         spec,
         world=layout.dp,
-        zero=layout.zero,
         micro_batch=layout.micro_batch,
         seq=layout.seq,
         recompute=layout.recompute,
-        precision=layout.precision,
         accumulation=layout.accumulation,
-        clip=layout.clip,
-        communication=layout.communication,
+        engine=json.dumps(engine_config(layout)),
     )
 
 
 @lru_cache(maxsize=64)
 def _flight(
-    spec: ModelSpec,
-    *,
-    world: int,
-    zero: int,
-    micro_batch: int,
-    seq: int,
-    recompute: str,
-    precision: str,
-    accumulation: int,
-    clip: float,
-    communication: str,
+    spec: ModelSpec, *, world: int, micro_batch: int, seq: int, recompute: str, accumulation: int, engine: str
 ) -> Trace:
-    flown = replace(spec, layers=min(spec.layers, SHALLOWEST))
-    said = json.loads(communication)
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": flown, "recompute": recompute, "batch": micro_batch, "seq": seq},
-        config={
-            **said,
-            "zero_optimization": {**said.get("zero_optimization", {}), "stage": zero},
-            "optimizer": ADAMW,
-            "gradient_clipping": clip,
-            "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
+        arguments={
+            "spec": replace(spec, layers=min(spec.layers, SHALLOWEST)),
+            "recompute": recompute,
+            "batch": micro_batch,
+            "seq": seq,
         },
+        config=json.loads(engine),
         world=world,
         micro_steps=accumulation,
     )

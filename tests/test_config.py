@@ -15,7 +15,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"zero_optimisation": {}},
         "unknown key 'zero_optimisation'; allowed: .*; did you mean 'zero_optimization'?",
     ),
-    "key of DeepSpeed": ({"zero_optimization": {"overlap_comm": False}}, "overlap_comm = False; allowed: true, because"),
+    "key of DeepSpeed": (
+        {"zero_optimization": {"overlap_comm": False}},
+        "overlap_comm = False; allowed: true, because",
+    ),
     "inner key": ({"zero_optimization": {"stag": 1}}, "unknown key 'zero_optimization.stag'.*did you mean 'stage'?"),
     "fp16 key": ({"fp16": {"loss_scal": 1.0}}, "unknown key 'fp16.loss_scal'.*did you mean 'loss_scale'?"),
     "optimizer key": ({"optimizer": {"type": "SGD", "parms": {}}}, "unknown key 'optimizer.parms'.*'params'?"),

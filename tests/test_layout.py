@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from windtunnel.experiments.layout import ONLY_VALUE_SO_FAR, Options, from_deepspeed, resolve
+from windtunnel.experiments.layout import ADAMW, ONLY_VALUE_SO_FAR, Options, engine_config, from_deepspeed, resolve
 from windtunnel.experiments.models import load_model
 from windtunnel.sim.hardware import load_cluster
 
@@ -29,7 +29,7 @@ def test_the_defaults_of_the_contract() -> None:
         "model": "gpt2", "cluster": "dgx-a100", "gpus": 32, "dp": 32, "tp": 1, "pp": 1, "interleave": 1,
         "schedule": "1f1b", "zero": 0, "micro_batch": 1, "global_batch": 32, "accumulation": 1, "seq": 1024,
         "sequence_parallel": False, "recompute": "none", "offload": "none", "offload_to": "host",
-        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "communication": "{}",
+        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "engine": "{}",
     }  # fmt: skip
 
 
@@ -155,3 +155,26 @@ def test_a_file_with_impossible_ranks_is_bad_input(tmp_path: Path, options: dict
     path = write(tmp_path, '{"train_batch_size": 24}')
     with pytest.raises(ValueError, match=r"^[a-z-]+ = \d+; allowed: "):
         resolve(from_deepspeed(path, Options(**options)), GPT, A100)
+
+
+def test_the_engine_that_is_flown_honours_the_rest_of_the_file() -> None:
+    """What options say wins in its sections; everything else reaches the engine as it is written."""
+    data = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": 3, "zero_quantized_weights": True, "overlap_comm": True},
+        "fp16": {"enabled": True, "loss_scale": 128.0},
+        "bf16": {"enabled": False},
+        "communication": {"transport": "sockets"},
+    }
+    layout = resolve(from_deepspeed(data, Options(gpus=4, zero=2, precision="bf16")), GPT, A100)
+    assert engine_config(layout) == {
+        "gradient_clipping": 0.5,
+        "optimizer": data["optimizer"],
+        "zero_optimization": {"stage": 2, "zero_quantized_weights": True, "overlap_comm": True},
+        "fp16": {"enabled": False, "loss_scale": 128.0},
+        "bf16": {"enabled": True},
+        "communication": {"transport": "sockets"},
+    }
+    assert engine_config(resolve(Options(), GPT, A100))["optimizer"] == ADAMW
