@@ -19,6 +19,7 @@ _HOMES = {
     "calibrate": "experiments.calibrate",
     "demo": "experiments.demo",
     "reproduce": "experiments.reproduce",
+    "launch": "experiments.launch",
 }
 
 _MODULES = ("comm", "zero")

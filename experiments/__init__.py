@@ -3,6 +3,7 @@
 cli          the command line: verbs, options, --json, exit codes
 simulate     one training step of a model on a cluster
 layout       how a job is laid out: options, their defaults and checks
+launch       starts a script on several ranks of this machine
 verify       ZeRO on Gloo ranks against a plain loop in one process
 ranks        what the ranks of verify and demo do, and what they measure
 samples      a user's model and batches: loading, splitting, losses

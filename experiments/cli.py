@@ -184,6 +184,21 @@ def verify(
     raise typer.Exit(0 if result.ok else 1)
 
 
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def launch(
+    ranks: Annotated[int, typer.Option(help="Processes to start.")],
+    script: Annotated[str, typer.Argument(help="A Python file.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.", show_default=False)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of each rank; an equal share of the cores.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a training script on several ranks of this machine; its output is its own. torchrun serves many machines."""
+    from .launch import launch as run
+
+    run(script, arguments or (), ranks=ranks, threads=threads)
+
+
 @app.command()
 def reproduce(
     names: Annotated[list[str] | None, typer.Argument(help="Which; all.", show_default=False)] = None,

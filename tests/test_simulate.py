@@ -139,7 +139,6 @@ def test_a_deepspeed_file_is_the_same_as_the_options(tmp_path: Path) -> None:
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 3},
             "bf16": {"enabled": True},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         },
     )
     from_file = simulate(DEMO, "dgx-a100", config=path, gpus=8)
