@@ -60,6 +60,7 @@ class ZeroSection:
     """`zero_optimization`: which of optimizer state, gradients and parameters each rank keeps only 1/n of.
 
     Attributes:
+        stage: 1 shards the optimizer's state, 2 gradients too, 3 parameters too; 0 shards nothing.
         zero_quantized_weights: parameters are gathered as int8 blocks (ZeRO++'s qwZ).
         zero_quantized_gradients: gradients are exchanged as int4 blocks (ZeRO++'s qgZ).
         reduce_bucket_size: elements of the largest flat unit, and so of its gradient buffer and of one collective;
@@ -97,7 +98,12 @@ class ZeroSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSection:
-    """`optimizer`: a type by name and its keyword arguments."""
+    """`optimizer`: a type by name and its keyword arguments.
+
+    Attributes:
+        type: Adam, AdamW or SGD, in any case.
+        params: keyword arguments of torch's optimizer of that name.
+    """
 
     __pydantic_config__ = STRICT
     type: str
@@ -106,7 +112,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bf16Section:
-    """`bf16`: parameters and gradients in bfloat16, fp32 masters in the optimizer's shards."""
+    """`bf16`.
+
+    Attributes:
+        enabled: parameters and gradients in bfloat16, fp32 masters in the optimizer's shards.
+    """
 
     __pydantic_config__ = STRICT
     enabled: bool = False
@@ -114,7 +124,12 @@ class Bf16Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp16Section:
-    """`fp16`: as `bf16` in half precision, gradients multiplied by a static `loss_scale` before the cast."""
+    """`fp16`.
+
+    Attributes:
+        enabled: as `bf16`, in half precision.
+        loss_scale: what the loss is multiplied by before backward, and gradients divided by after it; static.
+    """
 
     __pydantic_config__ = STRICT
     enabled: bool = False
@@ -129,7 +144,15 @@ class Fp16Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionSection:
-    """`communication_compression`: ours; schemes by name, with the fields of engine/compression.py as options."""
+    """`communication_compression`: ours; what travels in fewer bytes.
+
+    Attributes:
+        gradients: the scheme of gradients by name (engine/compression.py).
+        gradient_options: its fields.
+        parameters: the scheme of gathered parameters, at stage 3.
+        parameter_options: its fields.
+        min_elements: smaller buffers travel as they are.
+    """
 
     __pydantic_config__ = STRICT
     gradients: str | None = None
@@ -192,7 +215,19 @@ class Compression:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Json:
-    """The keys of the JSON file, as written; None where a batch size is left to be derived from the others."""
+    """The keys of the JSON file, as written; None where a batch size is left to be derived from the others.
+
+    Attributes:
+        train_batch_size: samples per optimizer step, of all ranks.
+        train_micro_batch_size_per_gpu: samples of one rank in one forward.
+        gradient_accumulation_steps: micro-steps per optimizer step.
+        gradient_clipping: largest global norm of the gradients, 0 for none.
+        communication_data_type: gradients travel in this type.
+        seed: of the data loader's order and of random compression.
+        dp_size: data-parallel ranks; checked against the ranks that there are.
+        mp_size: tensor-parallel ranks; 1 so far.
+        pipeline_size: pipeline stages; 1 so far.
+    """
 
     __pydantic_config__ = STRICT
     train_batch_size: int | None = None

@@ -11,6 +11,8 @@ demo         the whole idea in about a minute
 compression  convergence of each compressed scheme beside the uncompressed run
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
+what_if      what one key of the config costs or saves on a reference job
+config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture
 reproduce    published tables and figures made again
 curves       bus bandwidth of all-reduce against size: priced, published, measured here

@@ -48,6 +48,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "collectives": Reproduction(
         "bus bandwidth against size: priced and published for A100 and V100 nodes, priced and measured here", "curves"
     ),
+    "what_if": Reproduction("what one key of the config costs or saves, on a reference job", "what_if"),
     "choices": Reproduction("which all-reduce is the fastest, by size and number of GPUs", "choices"),
 }
 

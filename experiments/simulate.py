@@ -81,19 +81,19 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
 def _flight(
     spec: ModelSpec, *, world: int, micro_batch: int, seq: int, recompute: str, accumulation: int, engine: str
 ) -> Trace:
+    shallow = replace(spec, layers=min(spec.layers, SHALLOWEST))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={
-            "spec": replace(spec, layers=min(spec.layers, SHALLOWEST)),
-            "recompute": recompute,
-            "batch": micro_batch,
-            "seq": seq,
-        },
+        arguments={"spec": shallow, "recompute": recompute, "batch": micro_batch, "seq": seq},
         config=json.loads(engine),
         world=world,
         micro_steps=accumulation,
     )
-    trace = stretch(fly(plan), spec.layers)
+    flown = fly(plan)
+    try:
+        trace = stretch(flown, spec.layers)
+    except ValueError:  # its blocks do not all do the same, so no block can stand for others
+        trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
 
 

@@ -89,7 +89,7 @@ def test_help_and_catalogues_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     usage, hardware, models, simulate, gpu, model = done.stdout.split("\n=== loaded\n")[:6]
-    for verb in ("demo", "simulate", "verify", "calibrate", "models", "hardware"):
+    for verb in ("demo", "simulate", "verify", "launch", "calibrate", "models", "hardware"):
         assert verb in usage
     for option in ("--micro-batch", "--global-batch", "--save-trace", "--perfetto", "--config"):
         assert option in simulate
