@@ -6,6 +6,7 @@ writes the generated parts of that file again, the what-if table (experiments/wh
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -57,14 +58,13 @@ def _section(hint: Any) -> Any:
 
 
 def _default(field: "Field[Any]") -> str:
-    if field.default is MISSING and field.default_factory is MISSING:
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
         return "must be given"
-    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return {"()": "[]"}.get(str(value), f'"{value}"' if isinstance(value, str) else str(value))
+    return "not set" if value is None else json.dumps(value)
 
 
 def attribute_lines(kind: type) -> dict[str, str]:
@@ -146,7 +146,7 @@ def filled(document: str) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(document):
             raise ValueError(f"the document has no place for {name!r}: <!-- {name} --> ... <!-- end -->")
-        document = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", document)
+        document = pattern.sub(rf"\1{text.replace(chr(92), chr(92) * 2)}\n\2", document)
     return document
 
 

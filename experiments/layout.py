@@ -232,7 +232,7 @@ def _rest(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def engine_config(layout: Layout) -> dict[str, Any]:
     """What the engine is flown with: the file's keys, and over them what the options say."""
     keys = json.loads(layout.engine)
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "zero_optimization": {"stage": layout.zero},
         "bf16": {"enabled": layout.precision == "bf16"},
         "fp16": {"enabled": layout.precision == "fp16"},
