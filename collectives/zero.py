@@ -38,7 +38,8 @@ class UnitSize:
     Attributes:
         elements: parameters in it, padding included (a multiple of the ranks).
         padding: how many of them are no parameters; they lie at the end and have no moments.
-        element_bytes: of the parameters and gradients, 4 or 2 (8 in float64).
+        element_bytes: of the parameters, 4 or 2 (8 in float64).
+        gradient_bytes: of a gradient as it is kept and reduced; None where that is as the parameters.
         trainable: frozen units have no gradients and no optimizer state.
         calls: how often the forward of its module runs in a micro-step; sharded parameters are gathered for each.
         persistent: its parameters stay whole, even where the others are sharded.
@@ -50,6 +51,11 @@ class UnitSize:
     trainable: bool = True
     calls: int = 1
     persistent: bool = False
+    gradient_bytes: int | None = None
+
+    @property
+    def bytes_of_gradient(self) -> int:
+        return self.element_bytes if self.gradient_bytes is None else self.gradient_bytes
 
 
 def padded(elements: int, ranks: int) -> int:
@@ -61,18 +67,18 @@ def sent_bytes_per_step(units: Iterable[UnitSize], zero: Zero, ranks: int, micro
     """Payload that each rank sends for its units in one optimizer step (SC 2020, section 7).
 
     With P elements padded, n ranks and k micro-steps: stages 0 and 1 send 2 P (n-1)/n, stage 2 (k+1) P (n-1)/n, stage 3
-    3 k P (n-1)/n; persistent units as in stage 2. Few-element reductions (gradient norm, bitmap of used
-    parameters) are not in it.
+    3 k P (n-1)/n; persistent units as in stage 2. Gradients count with their own size per element. Few-element
+    reductions (gradient norm, bitmap of used parameters) are not in it.
     """
     total = 0
     for unit in units:
-        if zero.of_unit(unit.persistent).parameters:
-            rounds = (unit.calls + 1 + unit.trainable) * micro_steps  # forward, backward, gradients
-        elif not unit.trainable:
-            rounds = 0
-        else:
-            rounds = micro_steps + 1 if zero.gradients else 2
-        total += rounds * (unit.elements // ranks) * (ranks - 1) * unit.element_bytes
+        at_the_step = zero.optimizer and unit.trainable
+        sharded = zero.of_unit(unit.persistent).parameters
+        gathers = (unit.calls + 1) * micro_steps if sharded else int(at_the_step)  # forward, backward
+        # An all-reduce sends what a reduce-scatter and a gather do.
+        reductions = unit.trainable * (micro_steps if zero.gradients else 1 if zero.optimizer else 2)
+        element = gathers * unit.element_bytes + reductions * unit.bytes_of_gradient
+        total += (unit.elements // ranks) * (ranks - 1) * element
     return total
 
 
@@ -96,7 +102,7 @@ def model_state_bytes(
         ) * unit.element_bytes
         if not unit.trainable:
             continue
-        totals["gradients"] += (shard if zero.gradients else unit.elements) * unit.element_bytes
+        totals["gradients"] += (shard if zero.gradients else unit.elements) * unit.bytes_of_gradient
         kept = shard if zero.optimizer else unit.elements
         masters = kept if master_bytes != unit.element_bytes else 0
         totals["optimizer"] += (masters + moments * min(kept, unit.elements - unit.padding)) * master_bytes

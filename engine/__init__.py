@@ -11,7 +11,10 @@ mesh            how many ranks each kind of parallelism gets
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
-optimizer       torch optimizers on shards, clipping
+optim           optimizers by name: torch's that go with shards, Lion, LAMB
+optimizer       an optimizer on shards: loss scale, clipping, skipped steps
+loss_scale      the loss scale as a state machine
+precision       the config's sections on formats, and what they say together
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
 compression     ways to send fewer bytes, described, and what each puts on the wire
 codec           rows of numbers as rows of bytes and back

@@ -158,6 +158,11 @@ class Communicator(ABC):
     def perform(self, call: Call) -> Handle:
         """Start a collective."""
 
+    def overflow(self) -> Tensor | None:
+        """Whether a collective made inf or nan of what it sent since this was last asked: a flag on the device [],
+        of this rank; None where nothing is sent in another format. Nothing waits for it here."""
+        return None
+
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Give back threads; nothing may be under way."""
 

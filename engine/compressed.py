@@ -30,8 +30,6 @@ from .compression import ERROR_FEEDBACK, BlockQuantized, Cast, Coded, LowRank, S
 from .config import Compression
 from .device import DTYPES
 
-FORMATS = {**DTYPES, "fp32": torch.float32}
-
 Phases = Generator[Handle, None, Tensor]
 """Starts collectives one by one, is resumed when each has ended, and returns what it was for."""
 
@@ -134,8 +132,11 @@ class CompressedCommunicator(Communicator):
         The same on all ranks after all-reduces and gathers; of a reduce-scatter each rank knows its own part. Reads
         from the device.
         """
-        overflow = self._overflow is not None and bool(self._overflow)
-        self._overflow = None
+        overflow = self.overflow()
+        return overflow is not None and bool(overflow)
+
+    def overflow(self) -> Tensor | None:
+        overflow, self._overflow = self._overflow, None
         return overflow
 
     def error(self, label: str) -> dict[str, Tensor]:
@@ -155,7 +156,7 @@ class CompressedCommunicator(Communicator):
     def _compresses(self, scheme: Scheme | None, buffer: Tensor) -> bool:
         if scheme is None or self._bypassed or self.world == 1 or not buffer.is_floating_point():
             return False
-        already = isinstance(scheme, Cast) and scheme.scale == 1.0 and FORMATS[scheme.dtype] == buffer.dtype
+        already = isinstance(scheme, Cast) and scheme.scale == 1.0 and DTYPES[scheme.dtype] == buffer.dtype
         return buffer.numel() >= self.min_elements and not already
 
     # The collectives in phases #
@@ -212,7 +213,7 @@ class CompressedCommunicator(Communicator):
             scale = scale_for_sum(scale, 1 if gathers else self.world)
         else:
             scale = scheme.scale
-        sent = scaled_cast(mine, FORMATS[scheme.dtype], scale)
+        sent = scaled_cast(mine, DTYPES[scheme.dtype], scale)
         if gathers:
             whole = torch.empty_like(buffer, dtype=sent.dtype)
             whole.view(self.world, -1)[self.rank].copy_(sent)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from ..collectives.algorithms import KINDS, algorithm
 from ..collectives.tiers import Tier
 from ..collectives.zero import Zero
-from ..reading import STRICT, nearest, read_into
+from ..reading import STRICT, read_into
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
 from .dialect import translated
 from .mesh import Mesh
+from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
 
 DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
     "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",
@@ -108,38 +109,6 @@ class OptimizerSection:
     __pydantic_config__ = STRICT
     type: str
     params: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bf16Section:
-    """`bf16`.
-
-    Attributes:
-        enabled: parameters and gradients in bfloat16, fp32 masters in the optimizer's shards.
-    """
-
-    __pydantic_config__ = STRICT
-    enabled: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fp16Section:
-    """`fp16`.
-
-    Attributes:
-        enabled: as `bf16`, in half precision.
-        loss_scale: what the loss is multiplied by before backward, and gradients divided by after it; static.
-    """
-
-    __pydantic_config__ = STRICT
-    enabled: bool = False
-    loss_scale: float = 65536.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.loss_scale < math.inf:
-            raise ValueError(
-                f"loss_scale = {self.loss_scale}; allowed: a static scale > 0, dynamic is not available yet"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,8 +205,10 @@ class Json:
     gradient_clipping: float = 0.0
     zero_optimization: ZeroSection = ZeroSection()
     optimizer: OptimizerSection | None = None
-    bf16: Bf16Section = Bf16Section()
-    fp16: Fp16Section = Fp16Section()
+    bf16: Bf16Section = field(default_factory=Bf16Section)
+    fp16: Fp16Section = field(default_factory=Fp16Section)
+    data_types: DataTypes = field(default_factory=DataTypes)
+    torch_autocast: AutocastSection = field(default_factory=AutocastSection)
     communication_data_type: Literal["fp16", "bf16", "bfp16", "fp32"] | None = None
     communication_compression: CompressionSection = CompressionSection()
     communication: Communication = Communication()
@@ -255,8 +226,7 @@ class Config:
         micro_batch: samples of one rank in one forward.
         accumulation: micro-steps per optimizer step.
         clip: largest global gradient norm, 0 for none.
-        precision: dtype of parameters and gradients: "as is" keeps the model's own.
-        loss_scale: what the loss is multiplied by before backward, and the gradients divided by after it.
+        formats: dtypes of parameters, gradients and operators, and the scale of the loss.
         compression: of what travels between ranks.
         communication: how collectives are done.
         buffers: how large what is not a shard may grow.
@@ -266,13 +236,17 @@ class Config:
     micro_batch: int
     accumulation: int
     clip: float
-    precision: Literal["as is", "bf16", "fp16"]
-    loss_scale: float
     optimizer: OptimizerSection | None
     seed: int
+    formats: Precision = field(default_factory=Precision)
     compression: Compression = Compression()
     communication: Communication = Communication()
     buffers: Buffers = Buffers()
+
+    @property
+    def precision(self) -> Literal["as is", "bf16", "fp16"]:
+        """dtype of the parameters: "as is" keeps the model's own."""
+        return self.formats.parameters
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int, arguments: Any = None) -> "Config":
@@ -293,18 +267,24 @@ class Config:
                 f"{where}: gradient_clipping = {keys.gradient_clipping};"
                 " allowed: a finite number >= 0 (0 clips nothing)"
             )
-        if keys.bf16.enabled and keys.fp16.enabled:
-            raise ValueError(f"{where}: bf16.enabled and fp16.enabled are both true; allowed: at most one of them")
+        compression = _compression(keys, where)
+        formats = precision(
+            keys.bf16,
+            keys.fp16,
+            keys.data_types,
+            keys.torch_autocast,
+            lossy=compression.gradients is not None or compression.parameters is not None,
+            where=where,
+        )
         return cls(
             zero=Zero.of_stage(keys.zero_optimization.stage),
             micro_batch=micro_batch,
             accumulation=accumulation,
             clip=keys.gradient_clipping,
-            precision="bf16" if keys.bf16.enabled else "fp16" if keys.fp16.enabled else "as is",
-            loss_scale=keys.fp16.loss_scale if keys.fp16.enabled else 1.0,
             optimizer=keys.optimizer,
             seed=keys.seed,
-            compression=_compression(keys, where),
+            formats=formats,
+            compression=compression,
             communication=keys.communication,
             buffers=keys.zero_optimization.buffers(),
         )
@@ -404,20 +384,3 @@ def _batch_sizes(keys: Json, ranks: int, where: str) -> tuple[int, int]:
     if micro is None:
         micro = batch // (ranks * (steps or 1))
     return micro, batch // (ranks * micro)
-
-
-OPTIMIZERS = ("Adam", "AdamW", "SGD")
-
-
-def optimizer_name(section: OptimizerSection) -> str:
-    """The canonical name of a configured optimizer (DeepSpeed's JSON is case-insensitive).
-
-    Raises:
-        ValueError: naming the type and those that are known.
-    """
-    for name in OPTIMIZERS:
-        if name.lower() == section.type.lower():
-            return name
-    raise ValueError(
-        f"optimizer.type = {section.type!r}; allowed: {', '.join(OPTIMIZERS)}{nearest(section.type, OPTIMIZERS)}"
-    )

@@ -12,8 +12,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
 from .gloo import GlooCommunicator
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""torch's dtype by the name of a precision; "as is" is left out because it changes nothing."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's dtype by the name of a format; "as is" and its like are left out because they change nothing."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 

@@ -1,6 +1,7 @@
 """`initialize` and the engine: forward, backward, step, on any device."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device
 from .gathered import remember
 from .loss import loss_of
-from .optimizer import ShardedOptimizer, unsharded
+from .loss_scale import LossScaler
+from .optim import unsharded
+from .optimizer import ShardedOptimizer
 from .partition import partition
 from .queries import Queries, of_module
 from .unit import FlatUnit
@@ -139,7 +142,9 @@ class Engine(Queries, nn.Module):
         module: the user's model; what the engine itself does not have is looked up there.
         optimizer: its ShardedOptimizer.
         criterion: what `initialize` was given, or None.
-        global_steps, micro_steps: steps of the optimizer, and micro-steps that `step` has ended, since the beginning.
+        loss_scaler: the scale of the loss, 1 unless something is in fp16; its state belongs to a checkpoint.
+        global_steps: optimizer steps since the beginning, those that were skipped included.
+        micro_steps: micro-steps that `step` has ended since the beginning.
     """
 
     def __init__(
@@ -167,7 +172,8 @@ class Engine(Queries, nn.Module):
         for part in parts:
             communicator.observer.enter("initialize", part.block)
             dtype = DTYPES.get(settings.precision, part.dtype)
-            unit = FlatUnit(part, settings.zero, communicator, dtype, communicator.observer)
+            gradients = DTYPES.get(settings.formats.gradients, dtype)
+            unit = FlatUnit(part, settings.zero, communicator, dtype, communicator.observer, gradients)
             communicator.replicate([unit.full])
             unit.take_shard()
             flat.append(unit)
@@ -176,7 +182,10 @@ class Engine(Queries, nn.Module):
             _narrow_buffers(model, settings)
         communicator.replicate(model.buffers())
         self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation, buffers)
-        self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, loss_scale=settings.loss_scale)
+        self.loss_scaler = LossScaler(settings.formats.scaling)
+        self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
+        self._loss_is_scaled = False
+        self.runtime.before_backward = self._check_loss
         remember(self.runtime)
 
     def __getattr__(self, name: str) -> Any:
@@ -188,7 +197,13 @@ class Engine(Queries, nn.Module):
             return of_module(self, self.module, name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.module(*arguments, **keywords)
+        with self._autocast():
+            return self.module(*arguments, **keywords)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """What forward runs under: the config's torch.autocast, else whatever the caller has set up."""
+        cast = self.settings.formats.autocast
+        return nullcontext() if cast == "off" else torch.autocast(self.device.type, DTYPES[cast])
 
     def backward(self, loss: Any) -> None:
         """Backward of one micro-step. The mean over ranks and micro-steps is taken as gradients arrive, not here.
@@ -196,14 +211,32 @@ class Engine(Queries, nn.Module):
         Args:
             loss: a scalar tensor, or what a model returned with one in it (engine/loss.py).
         """
-        loss = loss_of(loss)
-        if self.settings.loss_scale != 1.0:
-            loss = loss * self.settings.loss_scale
-        loss.backward()
+        self.scale_loss(loss_of(loss)).backward()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """What `backward` may be called on: `loss` times the loss scale, which is `loss` itself where that is 1."""
+        if self.loss_scaler.scale == 1.0:
+            return loss
+        scaled = loss * self.loss_scaler.scale
+        scaled.register_hook(self._see_scaled_loss)
+        return scaled
+
+    def _see_scaled_loss(self, gradient: Tensor) -> None:
+        self._loss_is_scaled = True
+
+    def _check_loss(self) -> None:
+        """Backward has reached the model: it must have come from a scaled loss, because the step will unscale."""
+        scaled, self._loss_is_scaled = self._loss_is_scaled, False
+        if not scaled and self.loss_scaler.scale != 1.0:
+            raise RuntimeError(
+                f"loss.backward() without the loss scale, which is {self.loss_scaler.scale:g}: call"
+                " engine.backward(loss), or engine.scale_loss(loss).backward()"
+            )
 
     def step(self) -> None:
-        """Step the optimizer and the schedule if this was the last micro-step.
+        """Step the optimizer and the schedule if this was the last micro-step; neither, if a gradient is inf or nan.
 
+        That is for fp16, compressed communication and bf16 (`check_grad_overflow`); elsewhere such a step is taken.
         New parameters travel between ranks until the next forward, or `state_dict`, or `settle` waits for them.
         """
         if self.runtime.micro_step == 0:
@@ -212,7 +245,7 @@ class Engine(Queries, nn.Module):
         if self.runtime.micro_step < self.settings.accumulation:
             return
         self.optimizer.step()
-        if self.lr_scheduler is not None:
+        if self.lr_scheduler is not None and not self.optimizer.overflow:
             self.lr_scheduler.step()
         self.global_steps += 1
 

@@ -1,73 +1,66 @@
-"""The optimizer on shards: any element-wise `torch.optim` optimizer, one unit at a time.
+"""The optimizer on shards: any optimizer of engine/optim.py, one unit at a time.
 
 Each parameter's piece of a shard is a tensor of its own to the optimizer, with its own state. So a parameter without a
 gradient is left alone exactly as torch would leave it, and the units step one after another while the gathers of those
 before are on their way.
 """
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .communicator import Communicator
-from .config import OptimizerSection, optimizer_name
+from .loss_scale import LossScaler
+from .optim import FUSED, Lamb, check_shardable
 from .unit import FlatUnit
 from .zero import ZeroRuntime
 
-ELEMENT_WISE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.AdamW,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
-"""Optimizers whose update of an element needs that element alone: a shard steps as the whole would."""
+log = logging.getLogger(__name__)
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-"""Optimizers that torch can run as one pass over memory."""
+SOME_NORM = 1e15
+"""The gradient norm of a flight, which has no values: finite, and so large that it is clipped."""
 
 
-def unsharded(parameters: Any, section: OptimizerSection | None) -> torch.optim.Optimizer:
-    """The configured optimizer on whole parameters: what one process would use, and the pattern for the shards.
+class Verdict(NamedTuple):
+    """What all ranks agree on before a step.
 
-    Raises:
-        ValueError: an unknown type or argument.
+    Attributes:
+        missed: whether any of them has parameters without a gradient.
+        norm: of all gradients, without the loss scale; inf or nan if any of them is, 0 if nobody asked for it.
     """
-    if section is None:
-        raise ValueError("no optimizer: pass optimizer=..., or an 'optimizer' section in config")
-    name = optimizer_name(section)
-    try:
-        return getattr(torch.optim, name)(parameters, **section.params)
-    except TypeError as error:
-        raise ValueError(f"optimizer.params for {name}: {error}") from None
+
+    missed: bool
+    norm: float
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters are this rank's pieces.
 
-    `param_groups` are the pattern's: a learning-rate schedule writes there. `step` clips, steps unit by unit, and
-    starts to publish each unit as soon as it is stepped.
+    `param_groups` are the pattern's: a learning-rate schedule writes there. `step` divides by the loss scale and clips
+    (in one pass), steps unit by unit, and starts to publish each unit as soon as it is stepped. A step with a gradient
+    that is not finite is skipped, on all ranks, if the scaler's policy says so.
 
     Attributes:
-        gradient_norm: global norm before clipping at the last step, a scalar tensor; None where nothing is clipped.
+        scaler: the loss scale.
+        overflow: whether the last step was skipped.
+        gradient_norm: global norm at the last step before clipping, of gradients without the loss scale; None where it
+            is not needed, for clipping or to see an overflow.
     """
 
-    def __init__(self, pattern: torch.optim.Optimizer, runtime: ZeroRuntime, *, clip: float, loss_scale: float) -> None:
-        if type(pattern) not in ELEMENT_WISE:
-            allowed = ", ".join(kind.__name__ for kind in ELEMENT_WISE)
-            raise ValueError(f"optimizer {type(pattern).__name__} is not known to be element-wise; allowed: {allowed}")
-        self.runtime, self.clip, self.loss_scale = runtime, clip, loss_scale
+    def __init__(
+        self, pattern: torch.optim.Optimizer, runtime: ZeroRuntime, *, clip: float, scaler: LossScaler
+    ) -> None:
+        check_shardable(pattern)
+        self.runtime, self.clip, self.scaler = runtime, clip, scaler
+        self.overflow = False
         self.communicator: Communicator = runtime.communicator
-        self.gradient_norm: Tensor | None = None
+        self.gradient_norm: float | None = None
         self.units = [unit for unit in runtime.units if unit.trainable]
         self._pieces = {
             unit: [(piece, unit.master[piece.start : piece.stop]) for piece in unit.pieces()] for unit in self.units
@@ -80,7 +73,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for number, group in enumerate(pattern.param_groups)
         ]
         super().__init__(groups, dict(pattern.defaults))
-        self._steppers = {unit: self._stepper(type(pattern), unit) for unit in self.units if self._pieces[unit]}
+        self._steppers = {
+            unit: self._stepper(type(pattern), unit)
+            for unit in self.units
+            if self._pieces[unit] or type(pattern) is Lamb
+        }
 
     def _stepper(self, kind: Callable[..., torch.optim.Optimizer], unit: FlatUnit) -> torch.optim.Optimizer:
         """torch's optimizer for the pieces of one unit; its state is kept in ours."""
@@ -89,34 +86,40 @@ class ShardedOptimizer(torch.optim.Optimizer):
             hyper["fused"] = True
         stepper = kind([{**hyper, "params": [tensor for _, tensor in self._pieces[unit]]}], **_arguments(kind, hyper))
         stepper.state = self.state
+        if isinstance(stepper, Lamb) and self.runtime.zero.optimizer:
+            stepper.complete = partial(self._whole_norms, unit)
         return stepper
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Clip by the global norm, step every unit's pieces, and publish the new parameters.
+        """Clip by the global norm, step every unit's pieces, and publish the new parameters; or skip all of that.
 
         Raises:
             ValueError: a closure is given; gradients here are reduced ones, which a closure cannot renew.
+            LossScaleError: an overflow at the smallest loss scale; the step was skipped.
         """
         if closure is not None:
             raise ValueError("step(closure) is not supported on shards: call engine.step()")
-        used = self.runtime.used_anywhere()
-        scale = 1.0 / self.loss_scale
-        coefficient = self._clip_coefficient(scale) if self.clip > 0 else None
+        verdict = self._agree()
+        self.overflow = self.scaler.policy.skip and not math.isfinite(verdict.norm)
+        if self.overflow:
+            self._skip()
+            return
+        used = self.runtime.used_anywhere(verdict.missed)
+        multiplier = self._multiplier(verdict.norm)
         for unit in self.units:
             self._enter("update", unit)
-            self._step_unit(unit, used, scale, coefficient)
+            self._step_unit(unit, used, multiplier)
             unit.publish()
         self.runtime.end_step()
+        self.scaler.update(overflow=False)
 
-    def _step_unit(self, unit: FlatUnit, used: set, scale: float, coefficient: Tensor | None) -> None:
+    def _step_unit(self, unit: FlatUnit, used: set, multiplier: float) -> None:
         gradient = unit.gradient_shard
         if gradient.dtype != unit.master.dtype:
             gradient = gradient.to(unit.master.dtype)
-        if scale != 1.0:
-            gradient.mul_(scale)
-        if coefficient is not None:
-            gradient.mul_(coefficient)
+        if multiplier != 1.0:
+            gradient.mul_(multiplier)
         if unit not in self._steppers:
             return
         for piece, tensor in self._pieces[unit]:
@@ -130,18 +133,73 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if unit.master is not unit.shard:
             unit.shard.copy_(unit.master)
 
-    def _clip_coefficient(self, scale: float) -> Tensor:
-        """min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; the norm is over all ranks' shards."""
-        squares = torch.zeros((), dtype=self.units[0].master.dtype, device=self.units[0].full.device)
+    # What ranks agree on #
+
+    def _agree(self) -> Verdict:
+        """Everything that a step depends on, by one reduction of two numbers."""
+        needed = self.clip > 0 or self.scaler.policy.skip
+        squares = self._sum_of_squares() if needed else self._scalar(0.0)
+        both = torch.stack([squares, self._scalar(float(self.runtime.missing))])
+        self.communicator.all_reduce(both, "gradient check", scalar=True).wait()
+        self.runtime.observer.synchronized()
+        # In a flight every parameter is used.
+        total, missed = (SOME_NORM**2, 0.0) if both.device.type == "sim" else both.tolist()
+        norm = math.sqrt(total) / self.scaler.scale
+        self.gradient_norm = norm if needed else None
+        return Verdict(missed > 0, norm)
+
+    def _sum_of_squares(self) -> Tensor:
+        """This rank's part of the squared global norm, a scalar; not finite if a gradient here is not.
+
+        Gradients that are everywhere count on each rank as its share of them.
+        """
+        squares = self._scalar(0.0)
         for unit in self.units:
             self._enter("norm", unit)
             squares += torch.linalg.vector_norm(unit.gradient_shard, dtype=squares.dtype).square()
         self.runtime.observer.enter("norm.end", -1)
-        if self.runtime.zero.optimizer:
-            total = squares.view(1)
-            self.communicator.all_reduce(total, "gradient norm", scalar=True).wait()
-        self.gradient_norm = squares.sqrt() * scale
-        return (self.clip / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        if not self.runtime.zero.optimizer:
+            squares /= self.communicator.world
+        lost = self.communicator.overflow()
+        return squares if lost is None else torch.where(lost, math.inf, squares)
+
+    def _scalar(self, value: float) -> Tensor:
+        unit = self.units[0]
+        return torch.full((), value, dtype=unit.master.dtype, device=unit.full.device)
+
+    def _multiplier(self, norm: float) -> float:
+        """What gradients are multiplied by: 1 / loss scale, and min(1, clip / (norm + 1e-6)) where they are clipped.
+
+        The latter as torch.nn.utils.clip_grad_norm_ has it: a norm of nan makes every gradient nan.
+        """
+        coefficient = self.clip / (norm + 1e-6) if self.clip > 0 else 1.0
+        return (1.0 if coefficient > 1.0 else coefficient) / self.scaler.scale
+
+    def _skip(self) -> None:
+        """Drop the gradients and leave all else as it is."""
+        self.runtime.drop_step()
+        before = self.scaler.scale
+        self.scaler.update(overflow=True)
+        if self.communicator.rank == 0:
+            log.warning(
+                "step skipped: a gradient is inf or nan at loss scale %g; the next scale is %g",
+                before,
+                self.scaler.scale,
+            )
+
+    def _whole_norms(self, unit: FlatUnit, tensors: Sequence[Tensor], squares: Tensor) -> Tensor:
+        """The squared norms [n, 2] of the parameters that `tensors`, pieces in this rank's shard, are parts of.
+
+        Args:
+            squares: [n, 2] those of the pieces.
+        """
+        mine = dict(zip(map(id, tensors), squares, strict=True))
+        rows = {piece.parameter: mine[id(tensor)] for piece, tensor in self._pieces[unit] if id(tensor) in mine}
+        nothing = torch.zeros(2, dtype=unit.master.dtype, device=unit.master.device)
+        whole = torch.stack([rows.get(parameter, nothing) for parameter in unit.parameters])
+        self.communicator.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
+        numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
+        return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
 
     def _enter(self, key: str, unit: FlatUnit) -> None:
         self.runtime.observer.enter(key if unit.block >= 0 else f"{key}.root", unit.block)

@@ -10,6 +10,7 @@ from ..reading import nearest
 if TYPE_CHECKING:
     from .communicator import Communicator
     from .config import Config
+    from .loss_scale import LossScaler
     from .optimizer import ShardedOptimizer
     from .zero import ZeroRuntime
 
@@ -33,6 +34,7 @@ class Queries:
         settings: Config
         communicator: Communicator
         optimizer: ShardedOptimizer
+        loss_scaler: LossScaler
         runtime: ZeroRuntime
         global_steps: int
         micro_steps: int
@@ -112,10 +114,17 @@ class Queries:
         """The momentum of each parameter group: `momentum`, or Adam's `betas`; 0.0 where there is none."""
         return [group.get("momentum", group.get("betas", 0.0)) for group in self.optimizer.param_groups]
 
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were not taken because a gradient was inf or nan."""
+        return self.loss_scaler.state.skipped
+
     def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping; None where nothing is clipped."""
-        norm = self.optimizer.gradient_norm
-        return None if norm is None else float(norm)
+        """Norm of the last step's gradients, without loss scale and before clipping.
+
+        inf or nan if the step was skipped; None where nothing needs it: gradients are neither clipped nor checked.
+        """
+        return self.optimizer.gradient_norm
 
 
 def of_module(engine: Any, module: Any, name: str) -> Any:

@@ -45,11 +45,20 @@ class FlatUnit:
         full: [S] parameters; its storage is empty while the unit is SHARDED.
         shard: [s] this rank's parameters: a view of `full` unless parameters are sharded.
         master: [s] what the optimizer steps: `shard` itself, or an fp32 copy where that is 16 bits wide.
-        gradient: [S] gradients of this backward; its storage is empty outside of it when gradients are sharded.
+        gradient: [S] gradients of this backward, in the parameters' dtype or in one of their own, in which they are
+            also reduced; its storage is empty outside of backward when gradients are sharded.
         gradient_shard: [s] reduced gradients: a view of `gradient` unless gradients are sharded.
     """
 
-    def __init__(self, part: Part, zero: Zero, communicator: Communicator, dtype: torch.dtype, observer: Observer):
+    def __init__(
+        self,
+        part: Part,
+        zero: Zero,
+        communicator: Communicator,
+        dtype: torch.dtype,
+        observer: Observer,
+        gradient_dtype: torch.dtype | None = None,
+    ):
         self.part, self.communicator, self.observer = part, communicator, observer
         self.zero = zero.of_unit(part.persistent)
         self.owner, self.block, self.label, self.trainable = part.owner, part.block, part.label, part.trainable
@@ -64,7 +73,7 @@ class FlatUnit:
         self.seen: set[nn.Parameter] = set()
         self._lay_out(dtype)
         if self.trainable:
-            self._make_gradients(dtype)
+            self._make_gradients(gradient_dtype or dtype)
 
     @property
     def sharded(self) -> bool:
@@ -80,6 +89,7 @@ class FlatUnit:
             element_bytes=self.full.element_size(),
             trainable=self.trainable,
             persistent=self.part.persistent,
+            gradient_bytes=self.gradient.element_size() if self.trainable else None,
         )
 
     def _lay_out(self, dtype: torch.dtype) -> None:
@@ -200,8 +210,10 @@ class FlatUnit:
         with torch.no_grad():
             if parameter in self.seen:
                 view.add_(gradient, alpha=scale)
-            else:
+            elif torch.promote_types(gradient.dtype, view.dtype) == gradient.dtype:
                 torch.mul(gradient, scale, out=view)
+            else:  # widened first: the product would be rounded in the narrow format
+                view.copy_(gradient).mul_(scale)
         self.seen.add(parameter)
 
     def fill_unseen(self) -> None:
@@ -241,6 +253,12 @@ class FlatUnit:
         """The step is taken: the next gradient overwrites instead of adding."""
         self.seen.clear()
         self.shard_filled = False
+
+    def drop_gradients(self) -> None:
+        """The step is not taken: nothing of its gradients stays, not even in the padding that nobody overwrites."""
+        self.forget_gradients()
+        if not self.zero.gradients:
+            self.gradient.zero_()
 
     # Storage #
 

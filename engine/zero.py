@@ -80,6 +80,7 @@ class ZeroRuntime:
         self._arrived: Counter[FlatUnit] = Counter()  # gradients of this backward
         self._reduced_inside: list[FlatUnit] = []
         self._behind: deque[tuple[FlatUnit, Handle]] = deque()
+        self.before_backward: Callable[[], None] = lambda: None  # called before gradients of a micro-step are taken
         self._install_hooks()
 
     # State of the step #
@@ -198,6 +199,7 @@ class ZeroRuntime:
                 f"backward number {self.micro_step + 1} since the last step, but gradient_accumulation_steps ="
                 f" {self.accumulation}: call engine.step() after each backward, or raise gradient_accumulation_steps"
             )
+        self.before_backward()
         self._backward_running = True
         self._reduced: set[FlatUnit] = set()
         self._next_to_reduce = 0
@@ -271,15 +273,20 @@ class ZeroRuntime:
 
     # Step #
 
-    def used_anywhere(self) -> set[nn.Parameter]:
+    @property
+    def missing(self) -> bool:
+        """Whether some parameters got no gradient on this rank since the last step."""
+        return len(self.used) < len(self._unit_of)
+
+    def used_anywhere(self, missed: bool) -> set[nn.Parameter]:
         """Parameters that got a gradient on any rank since the last step; the others must not be stepped.
 
-        One flag says whether any rank missed any; only then is the whole bitmap sent.
+        Args:
+            missed: whether any rank is `missing` some; only then is the whole bitmap sent.
         """
-        everything = set(self._unit_of)
-        if self._largest([len(self.used) < len(everything)], "missed parameters") != [1]:
-            return everything
         parameters = list(self._unit_of)
+        if not missed:
+            return set(parameters)
         flags = self._largest([parameter in self.used for parameter in parameters], "used parameters")
         return {parameter for parameter, flag in zip(parameters, flags, strict=True) if flag}
 
@@ -291,8 +298,8 @@ class ZeroRuntime:
             tensor.copy_(torch.tensor(flags))
         self.communicator.all_reduce(tensor, label, largest=True, scalar=True).wait()
         self.observer.synchronized()
-        # A flight has shapes and no values: there every parameter is used.
-        return [0] * len(flags) if device.type == "sim" else tensor.tolist()
+        flags_anywhere: list[int] = tensor.tolist()
+        return flags_anywhere
 
     def end_step(self) -> None:
         """The optimizer has stepped: the next backward starts afresh."""
@@ -300,6 +307,12 @@ class ZeroRuntime:
             unit.forget_gradients()
         self.used.clear()
         self.micro_step = 0
+
+    def drop_step(self) -> None:
+        """The optimizer does not step: gradients are forgotten, parameters stay as they are."""
+        for unit in self._reduce_order:
+            unit.drop_gradients()
+        self.end_step()
 
     def settle(self) -> None:
         """Wait for the parameters that the last step sent around, as the next forward would."""

@@ -5,4 +5,6 @@ quantize     blocks to int8 or int4 and back, to nearest or at random
 sign         one bit per value and a scale per block
 top_k        the largest values and where they were
 low_rank     one power iteration towards the best product of two thin factors
+lion         one step of Lion on lists of tensors
+lamb         one step of LAMB on a tensor or a piece of one, but for its norms
 """

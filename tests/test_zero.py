@@ -280,7 +280,7 @@ def test_step_counts_optimizer_steps() -> None:
 
 def test_optimizers_that_need_a_whole_parameter_are_refused() -> None:
     model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"optimizer LBFGS is not known to be element-wise; allowed: .*AdamW"):
+    with pytest.raises(ValueError, match=r"optimizer LBFGS cannot step shards: .*closure.*; allowed: .*AdamW"):
         initialize(model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
