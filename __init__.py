@@ -22,19 +22,14 @@ _HOMES = {
     "launch": "experiments.launch",
 }
 
-<<<<<<< HEAD
-_MODULES = ("comm", "zero")
-=======
-_MODULES = {"optim": "engine.optim"}
->>>>>>> fbc3f85 (engine: dynamic loss scale, skipped steps, gradients of their own dtype, autocast, Lion and LAMB)
+_MODULES = {"comm": "comm", "zero": "zero", "optim": "engine.optim"}
 
 __all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-<<<<<<< HEAD
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOMES:
         from .reading import nearest
 
@@ -42,9 +37,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; it has {', '.join(known)}{nearest(name, known)}"
         )
-=======
-        return importlib.import_module(f".{_MODULES[name]}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
->>>>>>> fbc3f85 (engine: dynamic loss scale, skipped steps, gradients of their own dtype, autocast, Lion and LAMB)
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

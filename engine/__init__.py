@@ -35,6 +35,7 @@ device          which communicator serves which device
 world           a persistent world of ranks on this machine
 observer        what the engine tells whoever watches
 sim_device      the `sim` device: registration, fused attention
+sim_autocast    what operators do there under torch.autocast
 operators       FLOPs and bytes of an operator
 recorder        writes a Trace of what a flight does
 flight          flies a training step on `sim`: a model and the recorder in a world of any size

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from . import sim_autocast
+
 NAME = "sim"
 
 
@@ -54,6 +56,7 @@ def register() -> None:
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
     # Above autograd, so that it holds in recomputation too, where modes of the forward are not active.
     _library.impl("scaled_dot_product_attention", _fused_attention, "AutogradPrivateUse1")
+    sim_autocast.register(NAME)
     _library.impl("_fused_sgd_", _in_place, "Meta")  # torch has shapes for the fused Adams, not for SGD
     # Errors that unwind through a device thread of autograd abort the process; in the calling thread they are raised.
     torch.autograd.set_multithreading_enabled(False)

@@ -11,6 +11,7 @@ from typing import Any
 from ..collectives.trace import SHALLOWEST, Trace, repeat_phase, stretch
 from ..collectives.trace_file import dumps
 from ..engine.pilot import Plan, fly
+from ..engine.precision import AUTOCAST_FORMATS
 from ..sim.hardware import Cluster, load_cluster
 from ..sim.memory import replay_memory
 from ..sim.replay import replay
@@ -49,7 +50,7 @@ def simulate(
     return price(
         trace,
         machine,
-        precision=layout.precision,
+        precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
@@ -95,6 +96,12 @@ def _flight(
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
         trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
+
+
+def computes_in(layout: Layout) -> str:
+    """The precision of the matmuls, whose peak utilisation is measured against: that of autocast where it is on."""
+    autocast = json.loads(layout.communication).get("torch_autocast", {})
+    return AUTOCAST_FORMATS[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else layout.precision
 
 
 def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:
