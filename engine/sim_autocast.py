@@ -27,8 +27,8 @@ FP32 = (
     "dist", "erfinv", "exp", "expm1", "group_norm", "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss",
     "layer_norm", "log", "log10", "log1p", "log2", "margin_ranking_loss", "mse_loss", "multi_margin_loss",
     "native_layer_norm", "nll_loss", "nll_loss2d", "norm.Scalar", "poisson_nll_loss", "pow.Scalar", "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor", "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softplus", "tan",
-    "triplet_margin_loss",
+    "pow.Tensor_Tensor", "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softplus",
+    "tan", "triplet_margin_loss",
 )  # fmt: skip
 """Computed in fp32 from operands that are cast to it."""
 

@@ -226,6 +226,8 @@ class ZeroRuntime:
 
     def _reduce_left(self, reached: nn.Module) -> None:
         """Start the reductions, in order, of units whose backward is over: see [Note: when a unit is reduced]."""
+        if reached is self.model:
+            return  # nothing is over at the model's output, which may be its last block's, reached just before
         while self._next_to_reduce < len(self._reduce_order):
             unit = self._reduce_order[self._next_to_reduce]
             if unit.owner in (reached, self.model) or self._calls_left[unit.owner]:

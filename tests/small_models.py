@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from windtunnel.engine import optim
 from windtunnel.engine.engine import Engine, initialize
 from windtunnel.experiments.models import ModelSpec
 from windtunnel.experiments.transformer import Transformer, initialize_weights
@@ -262,6 +263,11 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-2, "weight_decay": 0.1},
     "Adam": {"lr": 1e-2},
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+    "Lion": {"lr": 1e-2, "weight_decay": 0.1},
+    "Lamb": {"lr": 3e-2, "weight_decay": 0.1},
+    "Adagrad": {"lr": 3e-2},
+    "RMSprop": {"lr": 1e-2, "momentum": 0.5},
+    "NAdam": {"lr": 1e-2},
 }
 
 
@@ -285,7 +291,7 @@ def whole_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if run.optimizer == "momentum":
         return momentum_sgd(trainable)
-    return getattr(torch.optim, run.optimizer)(trainable, **CONFIGURED[run.optimizer])
+    return getattr(optim, run.optimizer)(trainable, **CONFIGURED[run.optimizer])
 
 
 def warmup(optimizer: torch.optim.Optimizer) -> Any:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.zero import Zero
-from windtunnel.engine.config import Config, OptimizerSection, optimizer_name
+from windtunnel.engine.config import Config, OptimizerSection
+from windtunnel.engine.loss_scale import ScalePolicy
+from windtunnel.engine.precision import Precision
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "key": (
@@ -37,7 +39,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "clipping as text": ({"gradient_clipping": "x"}, "gradient_clipping = 'x': input should be a valid number"),
     "bf16": ({"bf16": {"enabled": 1}}, "bf16.enabled = 1: input should be a valid boolean"),
-    "loss scale": ({"fp16": {"loss_scale": 0.0}}, "loss_scale = 0.0; allowed: a static scale > 0"),
+    "loss scale": ({"fp16": {"loss_scale": -1.0}}, "loss_scale = -1.0; allowed: a static scale > 0"),
     "both": ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled are both true"),
     "kind of collective": ({"communication": {"algorithms": {"all_sum": "ring"}}}, "kind = 'all_sum' is no collective"),
     "algorithm": ({"communication": {"algorithms": {"all_reduce": "rign"}}}, "algorithm = 'rign'.*'ring'"),
@@ -68,10 +70,9 @@ def test_defaults() -> None:
         micro_batch=1,
         accumulation=1,
         clip=0.0,
-        precision="as is",
-        loss_scale=1.0,
         optimizer=None,
         seed=1234,
+        formats=Precision(parameters="as is", gradients="as parameters", autocast="off", scaling=ScalePolicy()),
     )
 
 
@@ -91,8 +92,7 @@ def test_every_key() -> None:
         micro_batch=4,
         accumulation=3,
         clip=1.0,
-        precision="fp16",
-        loss_scale=1024.0,
+        formats=Precision(parameters="fp16", scaling=ScalePolicy(initial=1024.0, skip=True)),
         optimizer=OptimizerSection(type="AdamW", params={"lr": 1e-3, "betas": [0.9, 0.95]}),
         seed=7,
     )
@@ -100,7 +100,7 @@ def test_every_key() -> None:
 
 def test_bf16_scales_no_loss() -> None:
     config = Config.read({"bf16": {"enabled": True}, "fp16": {"loss_scale": 8.0}}, 1)
-    assert (config.precision, config.loss_scale) == ("bf16", 1.0)
+    assert (config.precision, config.formats.scaling) == ("bf16", ScalePolicy(skip=True))
 
 
 sizes = st.integers(1, 1000)
@@ -167,15 +167,3 @@ def test_a_bad_file(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config: cannot read '.*nowhere\.json'"):
         Config.read(tmp_path / "nowhere.json", 1)
-
-
-@pytest.mark.parametrize(
-    ("written", "name"), [("AdamW", "AdamW"), ("adamw", "AdamW"), ("ADAM", "Adam"), ("sgd", "SGD")]
-)
-def test_optimizer_names(written: str, name: str) -> None:
-    assert optimizer_name(OptimizerSection(type=written)) == name
-
-
-def test_an_unknown_optimizer() -> None:
-    with pytest.raises(ValueError, match=r"optimizer.type = 'AdamV'; allowed: Adam, AdamW, SGD; did you mean 'Adam"):
-        optimizer_name(OptimizerSection(type="AdamV"))

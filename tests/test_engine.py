@@ -161,3 +161,18 @@ def test_torchrun_starts_a_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert (tmp_path / f"rank{rank}").read_text().startswith("world 2 loss 0.")
+
+
+def test_a_model_that_ends_with_a_block() -> None:
+    """The model's output is its last block's, so backward reaches both at once and has computed neither."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    twin = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    twin.load_state_dict(model.state_dict())
+    engine, *_ = initialize(model, {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    engine.backward(engine(inputs(0)).square().sum())
+    engine.step()
+    twin(inputs(0)).square().sum().backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    for name, value in engine.full_parameters().items():
+        torch.testing.assert_close(value, twin.get_parameter(name).detach())
