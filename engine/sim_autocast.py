@@ -38,7 +38,9 @@ FP32_RESULT = ("cumprod", "cumsum", "log_softmax.int", "prod", "prod.dim_int", "
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """What an operator is called with: its positional arguments, and the others by name."""
 
-_OFF = torch._C.DispatchKey.AutocastPrivateUse1
+_key = torch._C._parse_dispatch_key(KEY)
+assert _key is not None
+_RULES_OFF = torch._C.DispatchKeySet(_key)
 
 _everything = torch.library.Library("_", "IMPL", KEY)
 _aten = torch.library.Library("aten", "IMPL", KEY)
@@ -62,7 +64,7 @@ def _rule(name: str, prepare: Callable[[Any, Given], Given]) -> None:
 
     def kernel(*arguments: Any, **keywords: Any) -> Any:
         arguments, keywords = prepare(operator, (arguments, keywords))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_OFF)):
+        with torch._C._ExcludeDispatchKeyGuard(_RULES_OFF):
             return operator(*arguments, **keywords)
 
     _aten.impl(name, kernel)
