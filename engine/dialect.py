@@ -55,7 +55,9 @@ ALWAYS: dict[str, Always] = {
     "zero_optimization.zero_quantized_nontrainable_weights": Always("frozen parameters travel as others do", (False,)),
     "zero_optimization.cpu_offload": Always("the present key is zero_optimization.offload_optimizer", (False,)),
     "zero_optimization.cpu_offload_param": Always("the present key is zero_optimization.offload_param", (False,)),
-    "fp16.auto_cast": Always("inputs keep their dtype; cast floating-point ones in the model", (False,)),
+    "fp16.auto_cast": Always(
+        "inputs keep their dtype; cast floating-point ones in the model, or use torch_autocast", (False,)
+    ),
 }
 
 RENAMED: dict[str, str] = {

@@ -20,9 +20,10 @@ AUTOCAST_FORMATS: dict[str, Literal["bf16", "fp16"]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bf16Section:
-    """`bf16`: parameters and gradients in bfloat16, fp32 masters in the optimizer's shards.
+    """`bf16`.
 
     Attributes:
+        enabled: parameters and gradients in bfloat16, fp32 masters in the optimizer's shards.
         check_grad_overflow: a step with a gradient that is inf or nan is skipped; else it is taken, as torch would.
     """
 
@@ -36,13 +37,13 @@ class Fp16Section:
     """`fp16`: as `bf16` in half precision, with a loss scale (engine/loss_scale.py) that is also that of autocast.
 
     Attributes:
+        enabled: parameters and gradients in float16, fp32 masters in the optimizer's shards.
         loss_scale: a static scale; 0 for a dynamic one, which all keys below are about.
         initial_scale_power: the first scale is 2 to this power.
         loss_scale_window: clean steps before the scale doubles.
         hysteresis: overflows until it halves.
         consecutive_hysteresis: a clean step in between starts that count afresh.
         min_loss_scale: an overflow at this scale ends the training.
-        auto_cast: not honoured.
     """
 
     __pydantic_config__ = STRICT
@@ -53,7 +54,6 @@ class Fp16Section:
     hysteresis: int = 2
     consecutive_hysteresis: bool = False
     min_loss_scale: float = 1.0
-    auto_cast: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.loss_scale < math.inf:
@@ -67,10 +67,6 @@ class Fp16Section:
             raise ValueError(
                 f"min_loss_scale = {self.min_loss_scale}; allowed: above 0, at most the first scale"
                 f" 2^{self.initial_scale_power}"
-            )
-        if self.auto_cast:
-            raise ValueError(
-                "auto_cast = True; allowed: false, and inputs that the caller has cast, or torch_autocast instead"
             )
 
     @property
@@ -101,9 +97,10 @@ class DataTypes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutocastSection:
-    """`torch_autocast`: forward under torch.autocast; parameters, gradients and optimizer stay as the model is.
+    """`torch_autocast`.
 
     Attributes:
+        enabled: forward runs under torch.autocast; parameters, gradients and optimizer stay as the model is.
         dtype: of the operators that torch calls safe in it; fp16 has the loss scale of the section `fp16`.
         lower_precision_safe_modules: not honoured.
     """

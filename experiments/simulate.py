@@ -100,7 +100,7 @@ def _flight(
 
 def computes_in(layout: Layout) -> str:
     """The precision of the matmuls, whose peak utilisation is measured against: that of autocast where it is on."""
-    autocast = json.loads(layout.communication).get("torch_autocast", {})
+    autocast = json.loads(layout.engine).get("torch_autocast", {})
     return AUTOCAST_FORMATS[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else layout.precision
 
 
