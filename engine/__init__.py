@@ -15,6 +15,13 @@ optim           optimizers by name: torch's that go with shards, Lion, LAMB
 optimizer       an optimizer on shards: loss scale, clipping, skipped steps
 loss_scale      the loss scale as a state machine
 precision       the config's sections on formats, and what they say together
+checkpoint      saves an engine and loads it, at any other number of ranks and stage
+checkpoint_plan which rank writes and reads what of a flattened tensor: planners for torch.distributed.checkpoint
+checkpoint_files the folder of checkpoints: complete or absent, `latest`, checksums, leftovers
+run_state       what of a run is not a parameter or its moments
+export          full weights as safetensors, from an engine or from a checkpoint's folder
+agreement       ranks exchange objects, and fail together
+durable         files that are whole or absent
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
 compression     ways to send fewer bytes, described, and what each puts on the wire
 codec           rows of numbers as rows of bytes and back

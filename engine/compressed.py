@@ -17,6 +17,7 @@ import random
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,15 @@ class CompressedCommunicator(Communicator):
         """What error feedback has yet to send for a buffer, by where it was lost: "sent" (its addend here), "node" (the
         node's sum), "sum" (the part that this rank summed). Sums over the ranks complete the sum of results."""
         return {where: kept for (name, where), kept in self._kept.items() if name == label and where != "factor"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next collectives depend on: this rank's errors and factors, and the number of random draws."""
+        return {"kept": self._kept, "draws": self._draws}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from there; only with the same units, stage and ranks."""
+        self._kept = {slot: kept.to(device) for slot, kept in state["kept"].items()}
+        self._draws = state["draws"]
 
     @contextmanager
     def uncompressed(self) -> Iterator[None]:

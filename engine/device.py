@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
@@ -93,3 +93,35 @@ def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: b
     if device.type == "cuda":
         return NativeCommunicator("data", group)
     return GlooCommunicator("data", group, _get_default_store(), timeout_s, shared_memory=shared_memory)
+
+
+def host_communicator(like: Communicator, timeout_s: float) -> Communicator:
+    """The same ranks once more, on the host: what goes over it never meets training's collectives. All ranks make it.
+
+    End it with `end_host_communicator`.
+    """
+    if like.world == 1:
+        return SoloCommunicator("host")
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return GlooCommunicator("host", group, _get_default_store(), timeout_s, shared_memory=False)
+
+
+def end_host_communicator(communicator: Communicator) -> None:
+    """Close it, and end its process group."""
+    communicator.close()
+    if isinstance(communicator, GlooCommunicator):
+        dist.destroy_process_group(communicator.group)
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's generators: the host's, and that of an accelerator."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device.type).get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device.type).set_rng_state(states[device.type], device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from .checkpoint import Checkpoints
 from .communicator import Communicator
 from .compressed import compressed, uncompressed
 from .config import Config, OptimizerSection
@@ -76,7 +77,7 @@ def initialize(
     communicator.follow(settings.communication)
     communicator = compressed(communicator, settings.compression, settings.seed)
     pattern = _pattern(model, settings, optimizer, model_parameters)
-    engine = Engine(model, settings, communicator, pattern, units)
+    engine = Engine(model, settings, communicator, pattern, units, timeout_s)
     engine.criterion = criterion
     scheduler = lr_scheduler(engine.optimizer) if lr_scheduler is not None else None
     engine.lr_scheduler = scheduler
@@ -145,6 +146,8 @@ class Engine(Queries, nn.Module):
         loss_scaler: the scale of the loss, 1 unless something is in fp16; its state belongs to a checkpoint.
         global_steps: optimizer steps since the beginning, those that were skipped included.
         micro_steps: micro-steps that `step` has ended since the beginning.
+        stateful: objects with `state_dict` and `load_state_dict` that checkpoints save and restore, by name; the same
+            on every rank, except that rank 0's state is saved.
     """
 
     def __init__(
@@ -154,12 +157,15 @@ class Engine(Queries, nn.Module):
         communicator: Communicator,
         pattern: torch.optim.Optimizer,
         units: Iterable[nn.Module] | None = None,
+        timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
         self.module, self.settings, self.communicator = model, settings, communicator
         self.global_steps = self.micro_steps = 0
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
+        self.stateful: dict[str, Any] = {}
+        self.checkpoints = Checkpoints(self, timeout_s)
         buffers = settings.buffers
         blocks, parts = partition(
             model,
@@ -269,7 +275,89 @@ class Engine(Queries, nn.Module):
         every_name = self.module.named_parameters(remove_duplicate=False)
         return shown | {name: whole[first_name[parameter]] for name, parameter in every_name if name in shown}
 
+    # Checkpoints #
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        *,
+        asynchronous: bool = False,
+        keep_last: int | None = None,
+    ) -> Path:
+        """Save everything that training needs to go on, whole or not at all. All ranks must call it, after a `step`.
+
+        Parameters and optimizer state are saved by parameter, so that any number of ranks and any ZeRO stage can load
+        them; see also `stateful`.
+
+        Args:
+            save_dir: a folder that all ranks see.
+            tag: name of this checkpoint, "global_stepN" if left out; one of that name is replaced.
+            client_state: anything of the caller's that can be pickled; rank 0's is saved.
+            save_latest: let the file `latest` name it once it is complete.
+            asynchronous: copy to host memory now, write while training goes on. The next save, a load, `close` and the
+                end of Python wait for it; if it failed, the first three raise what this call would have.
+            keep_last: afterwards, delete all complete checkpoints in `save_dir` but so many.
+
+        Raises:
+            CheckpointError: it could not be written; what was saved before is untouched.
+            ValueError: in the middle of an accumulated batch, or ranks that ask for different things.
+            CommunicationError: a rank does not save; the message names it.
+        """
+        tag = f"global_step{self.global_steps}" if tag is None else tag
+        return self.checkpoints.save(
+            Path(save_dir),
+            tag,
+            client_state or {},
+            save_latest=save_latest,
+            asynchronous=asynchronous,
+            keep_last=keep_last,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        *,
+        fall_back: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Go on from a checkpoint; at the layout that saved it, with the same bits. All ranks must call it.
+
+        Random states are restored where the number of ranks is the same.
+
+        Args:
+            tag: the one that `latest` names if left out.
+            load_module_strict: the model's names must be those of the checkpoint.
+            load_module_only: parameters and buffers alone; a fine-tuning run begins so.
+            fall_back: if it is damaged, take the newest complete one before it.
+
+        Returns:
+            (its folder, the client state); (None, {}) where nothing was saved and no tag is asked for.
+
+        Raises:
+            CheckpointError: it is not there, is damaged, or does not fit the model; the message names tag, file and
+                the complete ones.
+        """
+        return self.checkpoints.load(
+            Path(load_dir),
+            tag,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            lr_scheduler=load_lr_scheduler_states,
+            module_only=load_module_only,
+            fall_back=fall_back,
+        )
+
     def close(self) -> None:
-        """End the communicator's thread; the parameters stay as they are."""
+        """Wait for a checkpoint under way, and end the communicator's thread; the parameters stay as they are."""
         self.settle()
-        self.communicator.close()
+        try:
+            self.checkpoints.close()
+        finally:
+            self.communicator.close()

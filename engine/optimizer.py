@@ -7,8 +7,9 @@ before are on their way.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +40,26 @@ class Verdict(NamedTuple):
     norm: float
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A range of a flattened parameter that this rank keeps.
+
+    Attributes:
+        name: of the parameter.
+        first, elements: the range, in elements of the parameter.
+        whole: elements of the parameter.
+        tensor: [elements] what is stepped: a range of a unit's master, or of its shard if it is frozen.
+        group: number of the parameter group, -1 if it is frozen.
+    """
+
+    name: str
+    first: int
+    elements: int
+    whole: int
+    tensor: Tensor
+    group: int
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters are this rank's pieces.
 
@@ -47,6 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     that is not finite is skipped, on all ranks, if the scaler's policy says so.
 
     Attributes:
+        kind: torch's class, of which each unit has one.
         scaler: the loss scale.
         overflow: whether the last step was skipped.
         gradient_norm: global norm at the last step before clipping, of gradients without the loss scale; None where it
@@ -58,7 +80,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         check_shardable(pattern)
         self.runtime, self.clip, self.scaler = runtime, clip, scaler
-        self.overflow = False
+        self.kind, self.overflow = type(pattern), False
         self.communicator: Communicator = runtime.communicator
         self.gradient_norm: float | None = None
         self.units = [unit for unit in runtime.units if unit.trainable]
@@ -207,6 +229,54 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _keeping(self) -> AbstractContextManager[None]:
         """What torch's optimizer allocates inside is its state."""
         return self.runtime.observer.category("optimizer")
+
+    # What this rank keeps, by parameter: the door for checkpoints #
+
+    def held(self) -> Iterator[Held]:
+        """Every range of a parameter that this rank keeps, those of frozen ones too; it takes all ranks to make all."""
+        for unit in self.runtime.units:
+            kept = self._pieces.get(unit)
+            if kept is None:
+                kept = [(piece, unit.shard[piece.start : piece.stop]) for piece in unit.pieces()]
+            names = {slot.parameter: slot.name for slot in unit.part.slots}
+            for piece, tensor in kept:
+                first = unit.bounds[0] + piece.start - unit.views[piece.parameter][0]
+                group = unit.group if unit.trainable else -1
+                whole = piece.parameter.numel()
+                yield Held(names[piece.parameter], first, tensor.numel(), whole, tensor, group)
+
+    def values(self, held: Held) -> dict[str, Any]:
+        """Its values under "parameter" and the optimizer's state by name; a state tensor has a value per element, or one.
+
+        Nothing but "parameter" is there before the first step of a parameter. Tensors are the living ones, not copies.
+        """
+        return {"parameter": held.tensor, **self.state.get(held.tensor, {})}
+
+    @torch.no_grad()
+    def put(self, held: Held, values: Mapping[str, Any]) -> None:
+        """Replace what `values` gives; state that it does not name is forgotten. Then call `publish`."""
+        held.tensor.copy_(values["parameter"])
+        self.state.pop(held.tensor, None)
+        group = self.param_groups[held.group]
+        # As torch.optim.Optimizer.load_state_dict: step counts stay on the host unless the step itself reads them.
+        on_host = not (group.get("capturable") or group.get("fused") or self.kind in FUSED)
+        state = {
+            name: value.to(torch.device("cpu") if on_host and not value.dim() else held.tensor.device)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in values.items()
+            if name != "parameter"
+        }
+        if state:
+            self.state[held.tensor] = state
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Masters have new values: let the parameters follow, as after a step. All ranks must take part."""
+        for unit in self.runtime.units:
+            if unit.trainable and unit.master is not unit.shard:
+                unit.shard.copy_(unit.master)
+            unit.publish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: a step leaves no gradients behind.

@@ -19,7 +19,6 @@ UNSUPPORTED: dict[str, str] = {
     "set_gradient_accumulation_boundary": "set gradient_accumulation_steps, which decides where a step ends",
     "set_train_batch_size": "batch sizes are fixed when the engine is made",
     "set_train_micro_batch_size": "batch sizes are fixed when the engine is made",
-    "save_16bit_model": "save engine.full_state_dict()",
     "save_pretrained": "call engine.module.save_pretrained(folder, state_dict=engine.full_state_dict())",
     "train_batch": "pipeline parallelism is not performed; call engine(batch), engine.backward and engine.step",
     "eval_batch": "pipeline parallelism is not performed; call engine(batch) under torch.no_grad()",

@@ -167,6 +167,17 @@ class FlatUnit:
         self.arriving = self.communicator.all_gather(self.full, f"parameters of {self.label}")
         self.residency = Residency.GATHERING
 
+    def gathered_master(self) -> Tensor:
+        """[S] what the optimizer steps (or the frozen values), in full in a buffer of its own. All ranks take part."""
+        mine = self.master if self.trainable else self.shard
+        if not self.zero.optimizer:
+            return mine
+        start, stop = self.bounds
+        flat = torch.empty(self.elements, dtype=mine.dtype, device=mine.device)
+        flat[start:stop].copy_(mine)
+        self.communicator.all_gather(flat, f"masters of {self.label}").wait()
+        return flat
+
     def arrive(self) -> None:
         """Wait for the parameters that are on their way."""
         if self.arriving is not None:

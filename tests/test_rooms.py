@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "collectives": set(),
     "kernels": {"torch", "triton"},
-    "engine": {"torch"},
+    "engine": {"torch", "safetensors"},
     "sim": {"simpy", "numpy"},
 }
 """What a room may import besides the standard library; experiments may import anything."""

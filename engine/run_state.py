@@ -1,0 +1,145 @@
+"""What of a run is not a parameter or its moments: steps, hyper-parameters, schedules, random states, buffers.
+
+The record of the run is the same for all ranks and is saved by rank 0. The record of a rank (random states, errors that
+compression carries on, buffers that differ from rank 0's) means something to the same rank of an equal layout only.
+"""
+
+import io
+import random
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .compressed import CompressedCommunicator
+from .device import random_states, set_random_states
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+IMPLEMENTATION = ("params", "fused", "foreach", "capturable", "differentiable")
+"""Entries of a parameter group that say how a step is done, not what it does: those of the run that loads stay."""
+
+
+def to_bytes(thing: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> Any:
+    """What `to_bytes` was given. It is unpickled: a checkpoint, as DCP's own metadata, is code to whoever loads it."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+
+
+# Buffers #
+
+
+def buffers(engine: "Engine") -> dict[str, Any]:
+    """The entries of the model's `state_dict` that are no parameters: persistent buffers, and extra state of modules."""
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
+
+
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(those that are tensors, the others)"""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in values.items() if name not in tensors}
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """CRC-32 of each tensor's bytes."""
+    return {
+        name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for name, tensor in tensors.items()
+        if tensor.numel()
+    }
+
+
+# The record of the run #
+
+
+def group_names(engine: "Engine") -> list[list[str]]:
+    """Names of the trainable parameters of each parameter group."""
+    names: list[list[str]] = [[] for _ in engine.optimizer.param_groups]
+    for unit in engine.runtime.units:
+        if unit.trainable:
+            names[unit.group] += [slot.name for slot in unit.part.slots]
+    return names
+
+
+def run_record(engine: "Engine", extra_state: Mapping[str, Any], client_state: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [
+        {"names": names, "values": {key: value for key, value in group.items() if key not in IMPLEMENTATION}}
+        for names, group in zip(group_names(engine), engine.optimizer.param_groups, strict=True)
+    ]
+    return {
+        "global_steps": engine.global_steps,
+        "groups": groups,
+        "lr_scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
+        "stateful": {name: thing.state_dict() for name, thing in engine.stateful.items()},
+        "extra_state": dict(extra_state),
+        "client_state": dict(client_state),
+    }
+
+
+def restore_groups(engine: "Engine", saved: list[dict[str, Any]]) -> None:
+    """Give each parameter group the hyper-parameters that its parameters had, in whatever order the groups were.
+
+    Raises:
+        ValueError: its parameters were in groups that differ.
+    """
+    found = {name: group["values"] for group in saved for name in group["names"]}
+    for number, (names, group) in enumerate(zip(group_names(engine), engine.optimizer.param_groups, strict=True)):
+        candidates = [found[name] for name in names if name in found]
+        if any(repr(each) != repr(candidates[0]) for each in candidates):
+            raise ValueError(
+                f"optimizer: parameter group {number} joins parameters that had different hyper-parameters in the"
+                " checkpoint; allowed: groups that do not cross those, or load_optimizer_states=False"
+            )
+        if candidates:
+            group.update(candidates[0])
+
+
+def restore_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
+    """Every object in `engine.stateful` gets its state back.
+
+    Raises:
+        ValueError: an object that the checkpoint has no state for, or the other way round.
+    """
+    if saved.keys() != engine.stateful.keys():
+        raise ValueError(
+            f"engine.stateful has {sorted(engine.stateful)}, the checkpoint {sorted(saved)}; allowed: the same names"
+            " (put the objects there before loading), or load_module_only=True"
+        )
+    for name, thing in engine.stateful.items():
+        thing.load_state_dict(saved[name])
+
+
+# The record of a rank #
+
+
+def layout(engine: "Engine") -> list[Any]:
+    """What must be equal for a rank's own state to mean the same."""
+    return [engine.settings.zero.stage, *((unit.label, unit.elements) for unit in engine.runtime.units)]
+
+
+def rank_record(engine: "Engine", own_buffers: Mapping[str, Tensor]) -> dict[str, Any]:
+    communicator = engine.communicator
+    return {
+        "layout": layout(engine),
+        "python": random.getstate(),
+        "torch": random_states(engine.device),
+        "communicator": communicator.state_dict() if isinstance(communicator, CompressedCommunicator) else None,
+        "buffers": {name: tensor.detach().cpu() for name, tensor in own_buffers.items()},
+    }
+
+
+def restore_rank(engine: "Engine", saved: Mapping[str, Any]) -> None:
+    random.setstate(saved["python"])
+    set_random_states(saved["torch"], engine.device)
+    same = saved["layout"] == layout(engine)
+    if same and isinstance(engine.communicator, CompressedCommunicator) and saved["communicator"] is not None:
+        engine.communicator.load_state_dict(saved["communicator"], engine.device)
