@@ -17,6 +17,8 @@ loss_scale      the loss scale as a state machine
 precision       the config's sections on formats, and what they say together
 checkpoint      saves an engine and loads it, at any other number of ranks and stage
 checkpoint_plan which rank writes and reads what of a flattened tensor: planners for torch.distributed.checkpoint
+checkpoint_save one save: planned, staged, written, made the one of its tag
+checkpoint_load one load: which, is it whole, does it fit, this rank's part
 checkpoint_files the folder of checkpoints: complete or absent, `latest`, checksums, leftovers
 run_state       what of a run is not a parameter or its moments
 export          full weights as safetensors, from an engine or from a checkpoint's folder

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,13 +12,13 @@ from .communicator import CommunicationError, Communicator
 T = TypeVar("T")
 
 
-class Disagreement(RuntimeError):
+class DisagreementError(RuntimeError):
     """Some rank could not do its part; the message has each such rank's reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome(Generic[T]):
-    value: T | None
+class _Outcome:
+    value: Any
     error: str = ""
 
 
@@ -44,7 +44,7 @@ def all_or_none(communicator: Communicator, action: Callable[[], T], label: str)
     """Every rank's result of its own `action`; if any rank's fails, an error on all of them.
 
     Raises:
-        Disagreement: naming each rank that failed, and why.
+        DisagreementError: naming each rank that failed, and why.
         CommunicationError: a rank is silent.
     """
     cause = None
@@ -53,9 +53,9 @@ def all_or_none(communicator: Communicator, action: Callable[[], T], label: str)
     except CommunicationError:
         raise
     except Exception as error:
-        cause, outcome = error, _Outcome[T](None, f"{type(error).__name__}: {error}")
-    outcomes: list[_Outcome[Any]] = everyones(communicator, outcome, label)
+        cause, outcome = error, _Outcome(None, f"{type(error).__name__}: {error}")
+    outcomes = everyones(communicator, outcome, label)
     failed = [f"rank {rank}: {each.error}" for rank, each in enumerate(outcomes) if each.error]
     if failed:
-        raise Disagreement("; ".join(failed)) from cause
+        raise DisagreementError("; ".join(failed)) from cause
     return [each.value for each in outcomes]

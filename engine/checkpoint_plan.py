@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -35,6 +35,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+PARAMETERS, OPTIMIZER, BUFFERS, RANKS, RUN = "parameters/", "optimizer/", "buffers/", "ranks/", "run"
+"""Keys in a checkpoint: parameters/NAME, optimizer/STATE/NAME, buffers/NAME, ranks/NUMBER, run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def host_communicator(like: Communicator, timeout_s: float) -> Communicator:
 def end_host_communicator(communicator: Communicator) -> None:
     """Close it, and end its process group."""
     communicator.close()
-    if isinstance(communicator, GlooCommunicator):
+    if isinstance(communicator, GlooCommunicator) and dist.is_initialized():
         dist.destroy_process_group(communicator.group)
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from .checkpoint import Checkpoints
 from .communicator import Communicator
 from .compressed import compressed, uncompressed
 from .config import Config, OptimizerSection
@@ -23,6 +23,9 @@ from .partition import partition
 from .queries import Queries, of_module
 from .unit import FlatUnit
 from .zero import ZeroRuntime
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 Keys = Mapping[str, Any] | str | Path
@@ -165,7 +168,7 @@ class Engine(Queries, nn.Module):
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
         self.stateful: dict[str, Any] = {}
-        self.checkpoints = Checkpoints(self, timeout_s)
+        self.timeout_s = timeout_s
         buffers = settings.buffers
         blocks, parts = partition(
             model,
@@ -277,6 +280,13 @@ class Engine(Queries, nn.Module):
 
     # Checkpoints #
 
+    @cached_property
+    def checkpoints(self) -> "Checkpoints":
+        """What this engine saves; made at first use, because torch.distributed.checkpoint is slow to import."""
+        from .checkpoint import Checkpoints
+
+        return Checkpoints(self, self.timeout_s)
+
     def save_checkpoint(
         self,
         save_dir: str | Path,
@@ -354,10 +364,21 @@ class Engine(Queries, nn.Module):
             fall_back=fall_back,
         )
 
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> Path:
+        """The whole model in one file, fp16 if the run is in fp16, else bf16. All ranks must call it; rank 0 writes.
+
+        A name that ends with .safetensors gives such a file, any other a state dict as torch.save writes it. For
+        several files, other dtypes, or Hugging Face use `windtunnel.engine.export.export`, which holds less in memory.
+        """
+        from .export import save_16bit_model
+
+        return save_16bit_model(self, Path(save_dir), save_filename)
+
     def close(self) -> None:
         """Wait for a checkpoint under way, and end the communicator's thread; the parameters stay as they are."""
         self.settle()
         try:
-            self.checkpoints.close()
+            if "checkpoints" in vars(self):
+                self.checkpoints.close()
         finally:
             self.communicator.close()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from . import checkpoint_files as files
 from . import run_state
-from .agreement import all_or_none
-from .checkpoint import BUFFERS, PARAMETERS
+from .agreement import DisagreementError, all_or_none
 from .checkpoint_files import CheckpointError, Manifest
-from .checkpoint_plan import Stock
+from .checkpoint_plan import BUFFERS, PARAMETERS, Stock
 from .compressed import uncompressed
 from .durable import write_whole
 
@@ -41,62 +40,86 @@ STEM = "model"
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor to come: its names in the files, and its bytes there."""
+    """A tensor to come: its names in the files, its elements, and its dtype there."""
 
     names: tuple[str, ...]
-    nbytes: int
+    elements: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """In the files, under all names."""
+        return self.elements * self.dtype.itemsize * len(self.names)
+
+    def content(self, value: Tensor) -> dict[str, Tensor]:
+        """The tensors of the file: copies, because `value` may be a view of memory that is about to be freed."""
+        return {name: value.detach().to("cpu", self.dtype, copy=True).contiguous() for name in self.names}
 
 
-def divide(weights: Iterable[Weight], max_file_bytes: int) -> list[list[str]]:
-    """First names of the weights of each file: in order, no file larger than the limit unless one weight is."""
-    divided: list[list[str]] = [[]]
+Values = Iterator[tuple[Weight, Tensor]]
+
+
+def divide(weights: Iterable[Weight], max_file_bytes: int) -> list[list[Weight]]:
+    """The weights of each file: in order, no file larger than the limit unless a single weight is."""
+    divided: list[list[Weight]] = [[]]
     filled = 0
     for weight in weights:
-        nbytes = weight.nbytes * len(weight.names)
-        if divided[-1] and filled + nbytes > max_file_bytes:
+        if divided[-1] and filled + weight.nbytes > max_file_bytes:
             divided.append([])
             filled = 0
-        divided[-1].append(weight.names[0])
-        filled += nbytes
+        divided[-1].append(weight)
+        filled += weight.nbytes
     return divided
 
 
-def write_weights(
-    folder: Path, weights: list[Weight], values: Iterable[tuple[str, Tensor]], max_file_bytes: int
-) -> list[Path]:
-    """Write values, which come in the order of `weights` under their first names, as Hugging Face names its files.
+def write_weights(folder: Path, weights: list[Weight], values: Values, max_file_bytes: int) -> list[Path]:
+    """Write values, which come in the order of `weights`, into files named as Hugging Face reads them.
 
     Returns:
         The files: one, or several and the index that says which tensor is where.
     """
-    if max_file_bytes < 1:
-        raise ValueError(f"max_file_bytes = {max_file_bytes}; allowed: at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    names = {weight.names[0]: weight.names for weight in weights}
     divided = divide(weights, max_file_bytes)
-    coming = iter(values)
-    written, where = [], {}
-    for number, firsts in enumerate(divided, 1):
+    written: list[Path] = []
+    where: dict[str, str] = {}
+    for number, part in enumerate(divided, 1):
         many = f"-{number:05d}-of-{len(divided):05d}" if len(divided) > 1 else ""
-        path = folder / f"{STEM}{many}.safetensors"
         content: dict[str, Tensor] = {}
-        for first in firsts:
-            arrived, value = next(coming)
-            assert arrived == first, f"{arrived} came where {first} was planned"
-            for name in names[first]:
-                content[name] = value if name == first else value.clone()
-                where[name] = path.name
-        beside = path.with_name(f".{path.name}.partial")
-        save_file(content, beside, metadata={"format": "pt"})
-        beside.replace(path)
-        written.append(path)
+        for expected, (weight, value) in zip(part, values, strict=False):
+            assert weight == expected
+            content |= weight.content(value)
+        written.append(_write_whole_tensors(folder / f"{STEM}{many}.safetensors", content))
+        where |= dict.fromkeys(content, written[-1].name)
     if len(divided) > 1:
-        total = sum(weight.nbytes * len(weight.names) for weight in weights)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = {"metadata": {"total_size": sum(weight.nbytes for weight in weights)}, "weight_map": where}
         written.append(write_whole(folder / f"{STEM}.safetensors.index.json", json.dumps(index, indent=2)))
     for stale in set(folder.glob(f"{STEM}*.safetensors*")) - set(written):
-        stale.unlink()  # of an earlier export in more files or fewer: readers would mix them
+        stale.unlink()  # of an earlier export into another number of files: readers would mix them
     return written
+
+
+def _write_whole_tensors(path: Path, content: Mapping[str, Tensor]) -> Path:
+    """A file that is whole or absent: safetensors, or torch's own if the name ends with .bin or .pt."""
+    beside = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".safetensors":
+        save_file(dict(content), beside, metadata={"format": "pt"})
+    else:
+        torch.save(dict(content), beside)
+    beside.chmod(0o644)
+    beside.replace(path)
+    return path
+
+
+def _target(dtype: str | None, own: torch.dtype) -> torch.dtype:
+    """What a tensor is written as, whose dtype in the model is `own`."""
+    return DTYPES[dtype] if dtype is not None and own.is_floating_point else own
+
+
+def _check(dtype: str | None, max_file_bytes: int) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; allowed: {', '.join(DTYPES)}, or None for the model's own")
+    if max_file_bytes < 1:
+        raise ValueError(f"max_file_bytes = {max_file_bytes}; allowed: at least 1")
 
 
 # From a living engine #
@@ -110,98 +133,83 @@ def export(
     A Hugging Face model's config is written beside, so that `from_pretrained(folder)` finds all it needs.
 
     Args:
-        dtype: "fp32", "bf16" or "fp16" of floating-point tensors; by default each keeps the model's.
+        dtype: "fp32" (then of the masters), "bf16" or "fp16" of floating-point tensors; by default the model's own.
+        max_file_bytes: a larger model comes in several files with an index.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: an unknown dtype.
-        Disagreement: rank 0 could not write.
+        ValueError: an unknown dtype, or a limit below one byte.
+        CheckpointError: rank 0 could not write.
     """
-    convert = _converter(dtype)
-    weights, values = _living(engine, convert)
-    folder = Path(folder)
+    _check(dtype, max_file_bytes)
+    weights = _weights(engine, dtype)
 
-    def write() -> list[Path]:
-        with uncompressed(engine.communicator):
-            if engine.communicator.rank == 0:
-                written = write_weights(folder, weights, values, max_file_bytes)
-                config = getattr(engine.module, "config", None)
-                if hasattr(config, "save_pretrained"):
-                    config.save_pretrained(folder)
-                return written
-            for _ in values:  # takes part in the gathers
-                pass
-            return []
+    def write(values: Values) -> list[Path]:
+        written = write_weights(Path(folder), weights, values, max_file_bytes)
+        config: Any = getattr(engine.module, "config", None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(folder)
+        return written
 
-    with engine.checkpoints.meeting("export") as host:
+    return _on_rank_0(engine, weights, write)
+
+
+def save_16bit_model(engine: "Engine", folder: Path, name: str) -> Path:
+    """One file with the weights in fp16 if the run is in fp16, else in bf16. See Engine.save_16bit_model."""
+    weights = _weights(engine, "fp16" if engine.settings.precision == "fp16" else "bf16")
+
+    def write(values: Values) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {name: tensor for weight, value in values for name, tensor in weight.content(value).items()}
+        return [_write_whole_tensors(folder / name, content)]
+
+    return _on_rank_0(engine, weights, write)[0]
+
+
+def _on_rank_0(engine: "Engine", weights: list[Weight], write: Callable[[Values], list[Path]]) -> list[Path]:
+    """Gather on all ranks, write on rank 0."""
+    values = _gathered(engine, weights)
+
+    def part() -> list[Path]:
         try:
-            (written, *_) = all_or_none(host, write, "export")
+            return write(values) if engine.communicator.rank == 0 else []
         finally:
-            for _ in values:  # rank 0 could not write: the others' gathers must end all the same
+            for _ in values:  # the other ranks, and rank 0 if it failed, take part in all gathers
                 pass
-    return written
+
+    host = engine.checkpoints.meet("export")
+    try:
+        with uncompressed(engine.communicator):
+            return all_or_none(host, part, "export")[0]
+    except DisagreementError as error:
+        raise CheckpointError(f"full weights were not written: {error}") from error
 
 
-def full_weights(engine: "Engine", *, dtype: str | None = None) -> dict[str, Tensor]:
-    """The same as a state dict on the host, on every rank."""
-    weights, values = _living(engine, _converter(dtype))
-    names = {weight.names[0]: weight.names for weight in weights}
-    with uncompressed(engine.communicator):
-        return {name: value for first, value in values for name in names[first]}
-
-
-Convert = Callable[[Tensor, torch.dtype], Tensor]
-
-
-def _converter(dtype: str | None) -> Convert:
-    """What makes a tensor, whose parameter in the model has a dtype, into what is written.
-
-    Raises:
-        ValueError: an unknown dtype.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; allowed: {', '.join(DTYPES)}, or None for the model's own")
-
-    def convert(tensor: Tensor, own: torch.dtype) -> Tensor:
-        target = DTYPES[dtype] if dtype is not None and tensor.is_floating_point() else own
-        # A copy always: the unit that it is a view of is about to be freed.
-        return tensor.detach().to("cpu", target, copy=True).contiguous()
-
-    return convert
-
-
-def _living(engine: "Engine", convert: Convert) -> tuple[list[Weight], Iterator[tuple[str, Tensor]]]:
-    """What an engine will write, and the values as they are gathered, one unit at a time."""
-    aliases: dict[torch.nn.Parameter, list[str]] = {}
+def _weights(engine: "Engine", dtype: str | None) -> list[Weight]:
+    """Buffers, then the parameters in the order of the units."""
+    names: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name)
-    own = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
+        names.setdefault(parameter, []).append(name)
     buffers, _ = run_state.split(run_state.buffers(engine))
-    order = [slot for unit in engine.runtime.units for slot in unit.part.slots]
-    weights = [Weight((name,), _nbytes(convert, tensor.dtype, tensor.numel())) for name, tensor in buffers.items()]
-    weights += [
-        Weight(
-            tuple(aliases[slot.parameter]), _nbytes(convert, slot.parameter.dtype, slot.parameter.numel())
-        )
-        for slot in order
+    parameters = [slot.parameter for unit in engine.runtime.units for slot in unit.part.slots]
+    return [
+        *(Weight((name,), tensor.numel(), _target(dtype, tensor.dtype)) for name, tensor in buffers.items()),
+        *(Weight(tuple(names[each]), each.numel(), _target(dtype, each.dtype)) for each in parameters),
     ]
 
-    def values() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in buffers.items():
-            yield name, convert(tensor, tensor.dtype)
-        for unit in engine.runtime.units:
-            flat = unit.gathered_master()
-            for slot in unit.part.slots:
-                start, stop = unit.views[slot.parameter]
-                yield slot.name, convert(flat[start:stop].view(slot.parameter.shape), own[slot.name])
 
-    return weights, values()
-
-
-def _nbytes(convert: Convert, dtype: torch.dtype, elements: int) -> int:
-    return elements * convert(torch.empty(0, dtype=dtype), dtype).element_size()
+def _gathered(engine: "Engine", weights: list[Weight]) -> Values:
+    """The values of `_weights`, one unit in full at a time; all ranks must take part."""
+    buffers, _ = run_state.split(run_state.buffers(engine))
+    yield from zip(weights, buffers.values(), strict=False)
+    coming = iter(weights[len(buffers) :])
+    for unit in engine.runtime.units:
+        flat = unit.gathered_master()
+        for slot in unit.part.slots:
+            start, stop = unit.views[slot.parameter]
+            yield next(coming), flat[start:stop].view(slot.parameter.shape)
 
 
 # From a folder #
@@ -219,40 +227,43 @@ def consolidate(
 
     Args:
         checkpoint: what `save_checkpoint` was given (then `tag`, or `latest`, says which), or the folder of one tag.
-        dtype: by default fp32, what the masters are; None is what the model had.
+        dtype: by default fp32, which the masters are; None is what the model had.
 
     Raises:
         CheckpointError: it is not there, or is damaged.
     """
+    _check(dtype, max_file_bytes)
     place = _place(Path(checkpoint), tag)
     manifest = Manifest.read(place)
     files.check_files(place, manifest, sorted(manifest.files))
-    stock, convert = Stock(place), _converter(dtype)
-    aliases: dict[str, list[str]] = {name: [name] for name in manifest.parameters}
+    stock = Stock(place)
+    names: dict[str, list[str]] = {name: [name] for name in manifest.parameters}
     for alias, first in manifest.aliases.items():
-        aliases[first].append(alias)
-
-    def own(name: str) -> torch.dtype:
-        found: torch.dtype = getattr(torch, manifest.dtypes[name])
-        return found
-
-    buffers = {name: stock.dtypes[BUFFERS + name] for name in manifest.buffers}
+        names[first].append(alias)
     weights = [
-        Weight((name,), _nbytes(convert, kind, _product(stock.sizes[BUFFERS + name]))) for name, kind in buffers.items()
-    ]
-    weights += [
-        Weight(tuple(aliases[name]), _nbytes(convert, own(name), _product(shape)))
-        for name, shape in manifest.parameters.items()
+        *(_stored_buffer(stock, name, dtype) for name in manifest.buffers),
+        *(
+            Weight(tuple(names[name]), torch.Size(shape).numel(), _target(dtype, getattr(torch, manifest.dtypes[name])))
+            for name, shape in manifest.parameters.items()
+        ),
     ]
 
-    def values() -> Iterator[tuple[str, Tensor]]:
-        for name, kind in buffers.items():
-            yield name, convert(stock.whole(BUFFERS + name), kind)
-        for name, shape in manifest.parameters.items():
-            flat = stock.whole(PARAMETERS + name) if _product(shape) else torch.empty(0, dtype=own(name))
-            yield name, convert(flat.view(shape), own(name))
+    def values() -> Values:
+        for weight in weights:
+            first = weight.names[0]
+            if first not in manifest.parameters:
+                yield weight, stock.whole(BUFFERS + first)
+            elif weight.elements:
+                yield weight, stock.whole(PARAMETERS + first).view(manifest.parameters[first])
+            else:
+                yield weight, torch.empty(manifest.parameters[first])
 
     return write_weights(Path(folder), weights, values(), max_file_bytes)
+
+
+def _stored_buffer(stock: Stock, name: str, dtype: str | None) -> Weight:
+    key = BUFFERS + name
+    return Weight((name,), torch.Size(stock.sizes[key]).numel(), _target(dtype, stock.dtypes[key]))
 
 
 def _place(checkpoint: Path, tag: str | None) -> Path:
@@ -262,10 +273,6 @@ def _place(checkpoint: Path, tag: str | None) -> Path:
     if tag is None:
         raise CheckpointError(f"{checkpoint} is no checkpoint, and no folder with a file 'latest'")
     return files.folder_of(checkpoint, tag)
-
-
-def _product(shape: Iterable[int]) -> int:
-    return torch.Size(shape).numel()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -246,9 +246,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 yield Held(names[piece.parameter], first, tensor.numel(), whole, tensor, group)
 
     def values(self, held: Held) -> dict[str, Any]:
-        """Its values under "parameter" and the optimizer's state by name; a state tensor has a value per element, or one.
+        """What is stepped under "parameter", and its state in the optimizer by name: living tensors, not copies.
 
-        Nothing but "parameter" is there before the first step of a parameter. Tensors are the living ones, not copies.
+        Before the first step of a parameter it has no state. A state tensor has a value per element, or is a scalar.
         """
         return {"parameter": held.tensor, **self.state.get(held.tensor, {})}
 

@@ -38,7 +38,7 @@ def from_bytes(data: bytes) -> Any:
 
 
 def buffers(engine: "Engine") -> dict[str, Any]:
-    """The entries of the model's `state_dict` that are no parameters: persistent buffers, and extra state of modules."""
+    """What `state_dict` of the model has besides parameters: persistent buffers, and extra state of modules."""
     parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
 
@@ -52,7 +52,7 @@ def split(values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes."""
     return {
-        name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         for name, tensor in tensors.items()
         if tensor.numel()
     }
@@ -103,19 +103,17 @@ def restore_groups(engine: "Engine", saved: list[dict[str, Any]]) -> None:
             group.update(candidates[0])
 
 
-def restore_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
-    """Every object in `engine.stateful` gets its state back.
+def check_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
+    """Whether every object in `engine.stateful` has its state, and the other way round.
 
     Raises:
-        ValueError: an object that the checkpoint has no state for, or the other way round.
+        ValueError: naming them.
     """
     if saved.keys() != engine.stateful.keys():
         raise ValueError(
             f"engine.stateful has {sorted(engine.stateful)}, the checkpoint {sorted(saved)}; allowed: the same names"
             " (put the objects there before loading), or load_module_only=True"
         )
-    for name, thing in engine.stateful.items():
-        thing.load_state_dict(saved[name])
 
 
 # The record of a rank #

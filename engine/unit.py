@@ -236,7 +236,7 @@ class FlatUnit:
                 if parameter not in self.seen:
                     self.gradient[start:stop].zero_()
             used = sum(parameter.numel() for parameter in self.parameters)
-            if self.zero.gradients and used < self.elements:
+            if used < self.elements:  # a lossy sum of the last step may have left something there
                 self.gradient[used:].zero_()
 
     def reduce(self) -> Handle:

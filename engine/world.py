@@ -38,9 +38,12 @@ class World:
     Args:
         timeout_s: how long Gloo's own calls wait for other ranks (bodies give their communicators their own).
         threads: torch threads per rank; by default the machine's cores divided among the ranks.
+        preload: further modules that ranks find imported; those of a process's first World count.
     """
 
-    def __init__(self, size: int, *, timeout_s: float = 60.0, threads: int | None = None) -> None:
+    def __init__(
+        self, size: int, *, timeout_s: float = 60.0, threads: int | None = None, preload: tuple[str, ...] = ()
+    ) -> None:
         if size < 1:
             raise ValueError(f"world = {size}; allowed: at least 1 rank")
         self.size, self.timeout_s = size, timeout_s
@@ -48,7 +51,7 @@ class World:
         self.alive = True
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["windtunnel.engine.engine", "torch._dynamo"]
+            ["windtunnel.engine.engine", "torch._dynamo", *preload]
         )  # torch.optim imports it at first use
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._store = store
@@ -63,6 +66,11 @@ class World:
             self._pipes.append(ours)
             self._processes.append(process)
         self._collect(START_LIMIT_S)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids by rank."""
+        return tuple(process.pid or 0 for process in self._processes)
 
     def __enter__(self) -> Self:
         return self
