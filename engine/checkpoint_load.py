@@ -102,9 +102,9 @@ def _compare(engine: "Engine", manifest: Manifest, buffers: set[str], *, optimiz
     """
     here = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
     there = manifest.parameters
-    for name in here.keys() & there.keys():
-        if here[name] != there[name]:
-            raise ValueError(f"parameter {name} has shape {here[name]}, in the checkpoint {there[name]}")
+    for name, shape in here.items():
+        if shape != there.get(name, shape):
+            raise ValueError(f"parameter {name} has shape {shape}, in the checkpoint {there[name]}")
     mine, saved = here.keys() | buffers, there.keys() | set(manifest.buffers)
     if strict and mine != saved:
         raise ValueError(

@@ -145,7 +145,7 @@ def test_random_states_and_statistics_of_each_rank_continue(two_ranks: World, fo
 CHAINS = [
     ("tied", "grouped", [(3, 2), (1, 4), (0, 3)]),
     ("one element", "AdamW", [(3, 4), (2, 3), (3, 2)]),
-    ("sometimes used", "momentum", [(0, 2), (3, 3), (2, 4)]),
+    ("sometimes used", "AdamW", [(0, 2), (3, 3), (2, 4)]),
     ("never used", "AdamW", [(1, 3), (3, 2), (1, 4)]),
     ("frozen", "AdamW", [(2, 2), (3, 4), (1, 2)]),
 ]
@@ -398,10 +398,10 @@ def test_tags(tmp_path: Path, tag: str) -> None:
 
 
 class Wider(Mlp):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 11) -> None:
         super().__init__()
-        self.layers[0] = nn.Linear(7, 11, bias=False)
-        self.layers[2] = nn.Linear(11, 5)
+        self.layers[0] = nn.Linear(7, width, bias=False)
+        self.layers[2] = nn.Linear(width, 5)
         self.more = nn.Linear(2, 2)
 
 
@@ -409,11 +409,10 @@ def test_another_model_or_optimizer(tmp_path: Path) -> None:
     engine = lone_engine()
     step_alone(engine)
     engine.save_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="lacks more.bias, more.weight and has layers.0.bias that"):
+    with pytest.raises(CheckpointError, match=r"lacks more\.bias, more\.weight and has layers\.0\.bias that"):
         lone_engine(model=Wider().double()).load_checkpoint(tmp_path)
-    other = nn.ParameterDict({"layers.0.weight": nn.Parameter(torch.zeros(3))})
-    with pytest.raises(CheckpointError, match=r"parameter layers.0.weight has shape|lacks"):
-        lone_engine(model=other).load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.weight has shape \(12, 7\), in the checkpoint \(11, 7\)"):
+        lone_engine(model=Wider(12).double()).load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="the optimizer is SGD, in the checkpoint AdamW"):
         lone_engine(lambda parameters: torch.optim.SGD(parameters)).load_checkpoint(tmp_path)
     partly = lone_engine(model=Wider().double())
@@ -477,9 +476,9 @@ def test_damage_is_named_and_an_older_one_is_loaded_if_asked(tmp_path: Path, dam
     engine.save_checkpoint(tmp_path, "new")
     act, reason = DAMAGE[damage]
     act(tmp_path / "new" / file)
-    if file == "manifest.json" and damage != "missing":
-        reason = "cannot use"
-    with pytest.raises(CheckpointError, match=rf"'new'.*{file}.*({reason}).*complete tags there: old"):
+    if file == "manifest.json" and damage == "truncated":
+        reason = "delimiter"  # it is no JSON any more
+    with pytest.raises(CheckpointError, match=rf"'new'.*{file}: .*({reason}).*complete tags there: old"):
         lone_engine().load_checkpoint(tmp_path)
     resumed = lone_engine()
     path, _ = resumed.load_checkpoint(tmp_path, fall_back=True)
