@@ -101,12 +101,12 @@ def test_weights_are_divided_in_order(sizes: list[int], limit: int) -> None:
 
 
 class Odd(nn.Module):
-    """What has no elements, no dimensions, or no gradient, and buffers of integers."""
+    """What has no elements, no dimensions, two names, or no gradient, and buffers of integers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.empty = nn.Parameter(torch.empty(0, 3))
-        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.scalar = self.tied = nn.Parameter(torch.tensor(2.0))
         self.frozen = nn.Parameter(torch.arange(3.0), requires_grad=False)
         self.register_buffer("count", torch.tensor([1, 2]))
         self.register_buffer("cache", torch.zeros(5), persistent=False)
@@ -129,10 +129,11 @@ def test_odd_tensors(tmp_path: Path) -> None:
         assert {name: (tuple(value.shape), value.dtype) for name, value in found.items()} == {
             "empty": ((0, 3), torch.bfloat16),
             "scalar": ((), torch.bfloat16),
+            "tied": ((), torch.bfloat16),
             "frozen": ((3,), torch.bfloat16),
             "count": ((2,), torch.int64),
         }
-        assert found["scalar"].item() == 0.5  # 2 - 0.5 * 3
+        assert found["scalar"].item() == found["tied"].item() == 0.5  # 2 - 0.5 * 3
         assert found["count"].tolist() == [1, 2]
     resumed, *_ = initialize(Odd(), {"optimizer": {"type": "SGD", "params": {"lr": 0.5}}})
     resumed.load_checkpoint(tmp_path / "saved")
