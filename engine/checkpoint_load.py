@@ -86,6 +86,7 @@ def restore(
         engine.lr_scheduler.load_state_dict(run["lr_scheduler"])
     if not module_only:
         engine.global_steps = run["global_steps"]
+        engine.micro_steps = engine.global_steps * engine.settings.accumulation
         for name, thing in engine.stateful.items():
             thing.load_state_dict(run["stateful"][name])
         if own is not None:

@@ -167,7 +167,6 @@ class Engine(Queries, nn.Module):
         self.global_steps = self.micro_steps = 0
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
-        self.stateful: dict[str, Any] = {}
         self.timeout_s = timeout_s
         buffers = settings.buffers
         blocks, parts = partition(
@@ -195,6 +194,7 @@ class Engine(Queries, nn.Module):
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
         self.runtime.before_backward = self._check_loss
+        self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
         remember(self.runtime)
 
     def __getattr__(self, name: str) -> Any:
