@@ -8,6 +8,14 @@ gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
 dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
 mesh            how many ranks each kind of parallelism gets
+schedule        learning-rate schedules as formulas
+scheduler       objects that set an optimizer's learning rate by them, or by torch's
+sampling        which samples each rank reads when
+loader          loaders of a rank's micro-batches, whose position survives a restart
+batch           what a batch is: changed, counted, given to a model
+evaluation      mean loss and perplexity over a set that the ranks share
+metrics         writers of metrics: JSONL, CSV, TensorBoard, W&B
+monitor         what the engine tells of its steps, and to whom
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)

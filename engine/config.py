@@ -18,7 +18,10 @@ from ..reading import STRICT, read_into
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
 from .dialect import translated
 from .mesh import Mesh
+from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
+from .sampling import DataLoading, DataLoadingSection
+from .schedule import SchedulerSection
 
 DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
     "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",
@@ -191,6 +194,10 @@ class Json:
         train_micro_batch_size_per_gpu: samples of one rank in one forward.
         gradient_accumulation_steps: micro-steps per optimizer step.
         gradient_clipping: largest global norm of the gradients, 0 for none.
+        dataloader_drop_last: samples that do not fill a global batch are left out of an epoch; `false` fills it up with
+            samples from the beginning of the epoch's order (DeepSpeed's default, which trains on them twice).
+        steps_per_print: rank 0 prints loss, learning rate and throughput on stderr every so many steps.
+        wall_clock_breakdown: seconds of forward, backward and step beside them.
         communication_data_type: gradients travel in this type.
         seed: of the data loader's order and of random compression.
         dp_size: data-parallel ranks; checked against the ranks that there are.
@@ -205,6 +212,15 @@ class Json:
     gradient_clipping: float = 0.0
     zero_optimization: ZeroSection = ZeroSection()
     optimizer: OptimizerSection | None = None
+    scheduler: SchedulerSection | None = None
+    dataloader_drop_last: bool = True
+    data_loader: DataLoadingSection = field(default_factory=DataLoadingSection)
+    steps_per_print: float | None = None
+    wall_clock_breakdown: bool = False
+    jsonl_monitor: JsonlSection = field(default_factory=JsonlSection)
+    csv_monitor: CsvSection = field(default_factory=CsvSection)
+    tensorboard: TensorBoardSection = field(default_factory=TensorBoardSection)
+    wandb: WandbSection = field(default_factory=WandbSection)
     bf16: Bf16Section = field(default_factory=Bf16Section)
     fp16: Fp16Section = field(default_factory=Fp16Section)
     data_types: DataTypes = field(default_factory=DataTypes)
@@ -242,6 +258,9 @@ class Config:
     compression: Compression = Compression()
     communication: Communication = Communication()
     buffers: Buffers = Buffers()
+    scheduler: SchedulerSection | None = None
+    data_loading: DataLoading = field(default_factory=DataLoading)
+    monitoring: Monitoring = field(default_factory=Monitoring)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
@@ -287,6 +306,9 @@ class Config:
             compression=compression,
             communication=keys.communication,
             buffers=keys.zero_optimization.buffers(),
+            scheduler=keys.scheduler,
+            data_loading=DataLoading.of(keys.data_loader, drop_last=keys.dataloader_drop_last),
+            monitoring=Monitoring.of(keys, where),
         )
 
 

@@ -24,8 +24,6 @@ class Always:
 
 
 ALWAYS: dict[str, Always] = {
-    "steps_per_print": Always("the engine itself prints nothing"),
-    "wall_clock_breakdown": Always("windtunnel simulate and a profiler show where the time goes", (False,)),
     "memory_breakdown": Always("windtunnel simulate shows where the memory goes", (False,)),
     "dump_state": Always("engine.settings shows the configuration as resolved", (False,)),
     "prescale_gradients": Always("a gradient is divided by ranks and micro-steps where it enters its unit's buffer"),
@@ -34,7 +32,6 @@ ALWAYS: dict[str, Always] = {
     "disable_allgather": Always("parameters are gathered, never broadcast", (False,)),
     "zero_allow_untested_optimizer": Always("element-wise optimizers are known by name, others are refused"),
     "zero_force_ds_cpu_optimizer": Always("the optimizer that is configured is the one that steps", (False,)),
-    "dataloader_drop_last": Always("a last micro-batch that is not full is dropped", (True,)),
     "zero_optimization.overlap_comm": Always("communication overlaps with backward and with the next forward", (True,)),
     "zero_optimization.contiguous_gradients": Always("gradients lie end to end in their unit's buffer", (True,)),
     "zero_optimization.reduce_scatter": Always("gradients of sharded state are reduce-scattered", (True,)),
@@ -104,6 +101,9 @@ AUTO: dict[str, str] = {
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.eps": "adam_epsilon",
     "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    "scheduler.params.total_num_steps": "max_steps",
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
 }

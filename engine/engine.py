@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from .communicator import Communicator
 from .compressed import compressed, uncompressed
 from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device
+from .evaluation import Evaluation, Weight, evaluate
 from .gathered import remember
+from .loader import ResumableLoader, evaluation_loader
 from .loss import loss_of
 from .loss_scale import LossScaler
+from .monitor import Monitor, monitor_for
 from .optim import unsharded
 from .optimizer import ShardedOptimizer
 from .partition import partition
 from .queries import Queries, of_module
+from .sampling import Share
+from .scheduler import scheduler_for
 from .unit import FlatUnit
 from .zero import ZeroRuntime
 
@@ -43,10 +48,10 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     args: Any = None,
     dist_init_required: bool | None = None,
-    lr_scheduler: SchedulerFactory | None = None,
+    lr_scheduler: SchedulerFactory | torch.optim.lr_scheduler.LRScheduler | None = None,
     units: Iterable[nn.Module] | None = None,
     timeout_s: float = 600.0,
-) -> "tuple[Engine, ShardedOptimizer, DataLoader | None, Any]":
+) -> "tuple[Engine, ShardedOptimizer, ResumableLoader | None, Any]":
     """Make a model trainable in parallel; the call that a DeepSpeed script makes.
 
     Args:
@@ -61,7 +66,8 @@ def initialize(
         args: parsed command-line arguments, whose `deepspeed_config` is the config's path if no other is given, and
             whose attributes values of "auto" stand for (engine/dialect.py).
         dist_init_required: accepted; the process group is joined if it is not yet.
-        lr_scheduler: a function of the sharded optimizer that returns a torch scheduler; `engine.step` steps it.
+        lr_scheduler: a function of the sharded optimizer that returns a torch scheduler, or a scheduler on the
+            optimizer that is passed; else the config's `scheduler` section. `engine.step` steps it.
         units: modules whose parameters travel together; else the repeated blocks of the model.
         timeout_s: how long a rank waits for the others in one collective.
 
@@ -71,8 +77,6 @@ def initialize(
     Raises:
         ValueError: the config or the optimizer does not fit; the message names the key.
     """
-    if lr_scheduler is not None and not callable(lr_scheduler):
-        raise ValueError("lr_scheduler must be a function of the optimizer, because the sharded one is made here")
     criterion, config = _told_apart(criterion, config)
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
@@ -82,9 +86,12 @@ def initialize(
     pattern = _pattern(model, settings, optimizer, model_parameters)
     engine = Engine(model, settings, communicator, pattern, units, timeout_s)
     engine.criterion = criterion
-    scheduler = lr_scheduler(engine.optimizer) if lr_scheduler is not None else None
-    engine.lr_scheduler = scheduler
-    return engine, engine.optimizer, _loader(training_data, collate_fn, settings, communicator), scheduler
+    engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
+    engine.collate = collate_fn
+    loader = _loader(training_data, collate_fn, settings, communicator)
+    if loader is not None:
+        engine.stateful["data_loader"] = loader
+    return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
 def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:
@@ -118,13 +125,16 @@ def _pattern(
 
 def _loader(
     data: Dataset | None, collate: Callable[[list[Any]], Any] | None, settings: Config, communicator: Communicator
-) -> DataLoader | None:
+) -> ResumableLoader | None:
     if data is None:
         return None
-    sampler: DistributedSampler = DistributedSampler(
-        data, num_replicas=communicator.world, rank=communicator.rank, seed=settings.seed
+    share = Share(
+        micro_batch=settings.micro_batch,
+        accumulation=settings.accumulation,
+        rank=communicator.rank,
+        world=communicator.world,
     )
-    return DataLoader(data, batch_size=settings.micro_batch, sampler=sampler, drop_last=True, collate_fn=collate)
+    return ResumableLoader(data, share, seed=settings.seed, options=settings.data_loading, collate=collate)
 
 
 def _narrow_buffers(model: nn.Module, settings: Config) -> None:
@@ -151,6 +161,7 @@ class Engine(Queries, nn.Module):
         micro_steps: micro-steps that `step` has ended since the beginning.
         stateful: objects with `state_dict` and `load_state_dict` that checkpoints save and restore, by name; the same
             on every rank, except that rank 0's state is saved.
+        monitor: what the config's metrics are written by; None where none are asked for.
     """
 
     def __init__(
@@ -168,6 +179,8 @@ class Engine(Queries, nn.Module):
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
         self.timeout_s = timeout_s
+        self.collate: Callable[[list[Any]], Any] | None = None
+        self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
         buffers = settings.buffers
         blocks, parts = partition(
             model,
@@ -206,8 +219,13 @@ class Engine(Queries, nn.Module):
             return of_module(self, self.module, name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._autocast():
+        if self.monitor is not None:
+            self.monitor.saw((arguments, keywords))
+        with self._timed("forward"), self._autocast():
             return self.module(*arguments, **keywords)
+
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.monitor is None else self.monitor.timed(phase)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """What forward runs under: the config's torch.autocast, else whatever the caller has set up."""
@@ -220,7 +238,11 @@ class Engine(Queries, nn.Module):
         Args:
             loss: a scalar tensor, or what a model returned with one in it (engine/loss.py).
         """
-        self.scale_loss(loss_of(loss)).backward()
+        loss = loss_of(loss)
+        if self.monitor is not None:
+            self.monitor.took(loss)
+        with self._timed("backward"):
+            self.scale_loss(loss).backward()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """What `backward` may be called on: `loss` times the loss scale, which is `loss` itself where that is 1."""
@@ -253,10 +275,45 @@ class Engine(Queries, nn.Module):
         self.micro_steps += 1
         if self.runtime.micro_step < self.settings.accumulation:
             return
-        self.optimizer.step()
+        rate = self.optimizer.param_groups[0]["lr"]
+        with self._timed("step"):
+            self.optimizer.step()
         if self.lr_scheduler is not None and not self.optimizer.overflow:
             self.lr_scheduler.step()
         self.global_steps += 1
+        if self.monitor is not None:
+            self._report(self.monitor, rate)
+
+    def _report(self, monitor: Monitor, rate: Any) -> None:
+        """Tell the monitor of a step that was taken at a learning rate."""
+        known: dict[str, float | None] = {"lr": float(rate)}
+        if monitor.wishes.due(self.global_steps):  # else nothing is read from the device
+            scaling = self.loss_scaler.policy
+            known["gradient_norm"] = self.get_global_grad_norm()
+            known["loss_scale"] = self.loss_scaler.scale if scaling.dynamic or scaling.initial != 1.0 else None
+            known["skipped_steps"] = self.skipped_steps if scaling.skip else None
+        monitor.stepped(self.global_steps, known)
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Write values of your own, by name, beside those of the last step; nothing if no metrics are written."""
+        if self.monitor is not None:
+            self.monitor.log(self.global_steps, values)
+
+    def evaluate(self, data: Iterable[Any], *, name: str = "evaluation", weight: Weight | None = None) -> Evaluation:
+        """Mean loss and perplexity over a whole set, without gradients or dropout. All ranks must call it.
+
+        Args:
+            data: a torch Dataset, which the ranks share, or this rank's batches (of any number).
+            name: what metrics call it.
+            weight: (batch, output) -> what a batch counts; see engine/evaluation.py.
+        """
+        if isinstance(data, Dataset):
+            data = evaluation_loader(
+                data, self.settings.micro_batch, self.communicator.rank, self.communicator.world, self.collate
+            )
+        found = evaluate(self, data, weight=weight)
+        self.log({f"{name}/loss": found.loss, f"{name}/perplexity": found.perplexity})
+        return found
 
     def settle(self) -> None:
         """Wait until the parameters of the last step are here, before reading them directly."""
@@ -375,8 +432,10 @@ class Engine(Queries, nn.Module):
         return save_16bit_model(self, Path(save_dir), save_filename)
 
     def close(self) -> None:
-        """Wait for a checkpoint under way, and end the communicator's thread; the parameters stay as they are."""
+        """Wait for a checkpoint under way, end the writers and the communicator's thread; the parameters stay."""
         self.settle()
+        if self.monitor is not None:
+            self.monitor.close()
         try:
             if "checkpoints" in vars(self):
                 self.checkpoints.close()

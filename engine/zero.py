@@ -11,13 +11,14 @@ Where nothing is sharded, the same calls find nothing to do.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives.zero import Zero
+from .batch import tensors
 from .communicator import Communicator, Handle
 from .config import Buffers
 from .observer import Observer
@@ -119,7 +120,7 @@ class ZeroRuntime:
     def _after_forward(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # recomputed inside backward, which needs the parameters next and frees them itself
-        outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        outputs = [tensor for tensor in tensors(output) if tensor.requires_grad]
         if torch.is_grad_enabled() and outputs:
             self._calls_left[module] += 1
             reached = self._backward_hook(module)
@@ -137,7 +138,12 @@ class ZeroRuntime:
         def reached(gradient: Tensor) -> None:
             nonlocal waiting
             if not waiting:
-                return
+                if self._backward_running:
+                    return  # through another output of the same call
+                raise RuntimeError(
+                    "a second backward through one forward: it would count as another micro-step, and sharded"
+                    " parameters are gone; add the losses and call backward once"
+                )
             waiting = False
             self._begin_backward()
             self._calls_left[module] -= 1
@@ -197,7 +203,8 @@ class ZeroRuntime:
         if self.micro_step >= self.accumulation:
             raise RuntimeError(
                 f"backward number {self.micro_step + 1} since the last step, but gradient_accumulation_steps ="
-                f" {self.accumulation}: call engine.step() after each backward, or raise gradient_accumulation_steps"
+                f" {self.accumulation}: call engine.step() after each backward, add up losses of one step before their"
+                " backward, or raise gradient_accumulation_steps"
             )
         self.before_backward()
         self._backward_running = True
@@ -329,18 +336,3 @@ class ZeroRuntime:
             for slot in unit.part.slots:
                 yield slot.name, slot.parameter.detach()
             unit.free()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a forward returned: nested tuples, lists, mappings and objects with attributes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            yield from _tensors(item)

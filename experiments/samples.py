@@ -3,12 +3,13 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.batch import call, map_tensors
 from ..engine.loss import loss_of
 
 Sample = tuple[nn.Module, list[Any]]
@@ -66,24 +67,7 @@ def check_sample(target: str, steps: int | None, parts: int) -> None:
 
 def run_model(model: Callable[..., Any], batch: Any) -> Tensor:
     """The loss of a forward pass (engine/loss.py)."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, tuple | list):
-        output = model(*batch)
-    else:
-        output = model(batch)
-    return loss_of(output)
-
-
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and mappings with every tensor changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: map_tensors(item, change) for name, item in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(map_tensors(item, change) for item in batch)
-    return batch
+    return loss_of(call(model, batch))
 
 
 def share(batch: Any, parts: int, part: int) -> Any:
