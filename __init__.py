@@ -13,6 +13,7 @@ _HOMES = {
     "add_config_arguments": "engine.script",
     "init_distributed": "engine.script",
     "World": "engine",
+    "RepeatingLoader": "engine.loader",
     "register_backend": "engine.backend",
     "simulate": "experiments.simulate",
     "verify": "experiments.verify",

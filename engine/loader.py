@@ -16,16 +16,17 @@ Collate = Callable[[list[Any]], Any]
 
 def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
     """[samples] int64: the order of an epoch, the same on every rank."""
-    return torch.randperm(samples, generator=_random(seed, epoch)) if shuffle else torch.arange(samples)
+    return torch.randperm(samples, generator=generator_for(seed, epoch)) if shuffle else torch.arange(samples)
 
 
-def _random(seed: int, *numbers: int) -> torch.Generator:
-    """A source of its own for each seed and numbers: a checksum, because seed 1, epoch 0 is not seed 0, epoch 1.
+def generator_for(*numbers: int) -> torch.Generator:
+    """A source of random numbers of its own for each tuple of numbers.
 
-    Loaders draw from such ones and leave torch's global source alone, which dropout depends on.
+    Its seed is a checksum of them: torch's CPU generator takes no more than 32 bits. What draws from such a source
+    leaves torch's global one alone, which dropout depends on.
     """
-    digest = hashlib.sha256(repr((seed, numbers)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 class ResumableLoader:
@@ -115,7 +116,7 @@ class ResumableLoader:
             num_workers=self.options.num_workers,
             pin_memory=self.options.pin_memory,
             collate_fn=self.collate,
-            generator=_random(self.seed, self.epoch, self.consumed),
+            generator=generator_for(self.seed, self.epoch, self.consumed),
         )
 
     def _of_stream(self) -> Iterator[Any]:
@@ -197,4 +198,4 @@ def evaluation_loader(
     """
     mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
     batches = [list(mine[start : start + micro_batch]) for start in range(0, len(mine), micro_batch)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=_random(0))
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator_for(0))

@@ -9,6 +9,10 @@ ranks        what the ranks of verify and demo do, and what they measure
 samples      a user's model and batches: loading, splitting, losses
 demo         the whole idea in about a minute
 compression  convergence of each compressed scheme beside the uncompressed run
+convergence  every precision, stage and compression beside fp32 on toy tasks
+tasks        toy tasks that a tiny GPT learns in seconds: copy, reverse, sort, characters
+train        a whole training loop as an example
+progress     throughput, predicted finish, and a bar
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
 what_if      what one key of the config costs or saves on a reference job

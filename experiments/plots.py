@@ -13,6 +13,7 @@ from ..sim.result import StepResult
 from .files import write_whole
 
 if TYPE_CHECKING:
+    from .convergence import Outcome
     from .curves import Point
     from .demo import Run, ScalingPoint
 
@@ -183,9 +184,8 @@ def plot_losses(losses: Mapping[str, Sequence[float]], ratios: Mapping[str, floa
         palette = mpl.colormaps["turbo"].resampled(len(names))
         colours = {name: INK if name == names[0] else palette(number) for number, name in enumerate(names)}
         for name, values in losses.items():
-            smooth = [statistics.median(values[max(0, end - 10) : end]) for end in range(1, len(values) + 1)]
             first = name == names[0]
-            curve.plot(smooth, color=colours[name], linewidth=2.5 if first else 1.2, zorder=3 if first else 2)
+            curve.plot(_smooth(values), color=colours[name], linewidth=2.5 if first else 1.2, zorder=3 if first else 2)
         curve.set(xlabel="step", ylabel="loss (median of 10 steps)", title="Training under compressed communication")
         above = [_last_mean(losses[name]) - plain for name in names]
         final.barh(names, above, color=[colours[name] for name in names])
@@ -194,6 +194,40 @@ def plot_losses(losses: Mapping[str, Sequence[float]], ratios: Mapping[str, floa
         final.axvline(0, color=INK, linewidth=1)
         final.set(xlabel="loss above the uncompressed run's, last 10 steps", title="Fewer bytes, and what they cost")
         return save(figure, path)
+
+
+def plot_convergence(found: "Mapping[str, Mapping[str, Outcome]]", panels: Mapping[str, str], path: Path) -> Path:
+    """Loss against step, a row for each task and a column for each kind of case, the first case in all of them.
+
+    Args:
+        found: outcomes by task and case.
+        panels: the column of each case.
+    """
+    columns = list(dict.fromkeys(panels.values()))
+    with mpl.rc_context(STYLE):
+        figure, axes = pyplot.subplots(
+            len(found), len(columns), figsize=(4.6 * len(columns), 3.1 * len(found)), sharex=True, sharey="row",
+            squeeze=False,
+        )  # fmt: skip
+        for row, (task, outcomes) in zip(axes, found.items(), strict=True):
+            plain = next(iter(outcomes))
+            for axis, column in zip(row, columns, strict=True):
+                mine = [name for name in outcomes if panels[name] == column and name != plain]
+                palette = mpl.colormaps["turbo"].resampled(len(mine) + 2)
+                for number, name in enumerate(mine):
+                    axis.plot(_smooth(outcomes[name].losses), color=palette(number + 1), linewidth=1.3, label=name)
+                axis.plot(_smooth(outcomes[plain].losses), color=INK, linewidth=2.2, label=plain, zorder=1)
+                axis.set(yscale="log", title=f"{task}: {column}")
+                if task == next(iter(found)):
+                    axis.legend(fontsize=7, frameon=False)
+            row[0].set_ylabel("loss (median of 10 steps)")
+        for axis in axes[-1]:
+            axis.set_xlabel("step")
+        return save(figure, path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [statistics.median(values[max(0, end - 10) : end]) for end in range(1, len(values) + 1)]
 
 
 def _last_mean(losses: Sequence[float]) -> float:

@@ -191,9 +191,14 @@ def test_nothing_to_evaluate() -> None:
 
 def test_modes_come_back_after_an_error() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    with pytest.raises(ArithmeticError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise ArithmeticError
+
+    def fail() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
     assert [module.training for module in model.modules()] == [True, True, False]
 
 

@@ -1,6 +1,7 @@
 """The loader: global batches that do not depend on the ranks, and a position that survives any restart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def global_batches(ranks: list[ResumableLoader], steps: int | None = None) -> li
             break
         batches.append(sorted(taken))
     return batches
+
+
+def flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
 
 
 @st.composite
@@ -137,10 +142,10 @@ def test_a_restart_at_any_number_of_ranks_goes_on_where_it_was(
 def test_no_sample_is_lost_or_seen_twice_when_the_batch_changes(old: Any, new: Any, data: st.DataObject) -> None:
     samples = data.draw(st.integers(old[0] + new[0], 40))
     first, second = loaders(range(samples), *old[1]), loaders(range(samples), *new[1])
-    seen = sum(global_batches(first, data.draw(st.integers(1, (samples - new[0]) // old[0]))), [])
+    seen = flat(global_batches(first, data.draw(st.integers(1, (samples - new[0]) // old[0]))))
     for loader in second:
         loader.load_state_dict(first[0].state_dict())
-    seen += sum(global_batches(second), [])
+    seen += flat(global_batches(second))
     assert len(seen) == len(set(seen))
     assert samples - len(seen) < new[0]  # what does not fill a batch is left out
     assert {(loader.epoch, loader.consumed) for loader in second} == {(1, 0)}
@@ -182,7 +187,7 @@ def test_without_end() -> None:
     endless = RepeatingLoader(loader)
     seen = [next(endless).tolist() for _ in range(9)]
     orders = [epoch_order(6, 5, epoch).tolist() for epoch in range(3)]
-    assert sum(seen, []) == sum(orders, [])
+    assert flat(seen) == flat(orders)
     with pytest.raises(ValueError, match="list gives no batches"):
         next(RepeatingLoader([]))
 
@@ -206,7 +211,7 @@ def test_a_stream_is_shared_and_resumed(sizes: Any, samples: int, stop: int) -> 
     batch, before, after = sizes
     whole = loaders(Stream(samples), *before)
     wanted = global_batches(whole)
-    assert sum(wanted, []) == list(range(samples // batch * batch))
+    assert flat(wanted) == list(range(samples // batch * batch))
     assert all(loader.epoch == 1 for loader in whole)
     first, second = loaders(Stream(samples), *before), loaders(Stream(samples), *after)
     seen = global_batches(first, min(stop, len(wanted)))
@@ -274,7 +279,7 @@ class Dropped(nn.Module):
 
 
 def train(rank: int, world: int, stop: int | None) -> tuple[list[float], list[list[float]]]:
-    """(losses, batches) of 7 steps over epochs of 3; after `stop` of them the loader is a new one with the old state."""
+    """(losses, batches) of 7 steps, epochs of 3; after `stop` of them the loader is a new one with the old state."""
     data = TensorDataset(torch.randn(13, 3, generator=torch.Generator().manual_seed(1)))
 
     def start() -> Any:
@@ -318,5 +323,5 @@ def test_a_run_with_a_new_loader_is_the_same_run(two_ranks: World) -> None:
 def test_an_evaluation_reads_every_sample_once(samples: int, micro: int, world: int) -> None:
     shares = [evaluation_loader(range(samples), micro, rank, world) for rank in range(world)]
     batches = [[batch.tolist() for batch in share] for share in shares]
-    assert sorted(sum(sum(batches, []), [])) == list(range(samples))
+    assert sorted(flat(flat(batches))) == list(range(samples))
     assert all(len(batch) == micro for share in batches for batch in share[:-1])

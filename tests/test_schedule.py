@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -135,9 +136,9 @@ def test_warm_ups_rise_and_then_fall(warm: int, rest: int, kind: Any, low: float
         # Sums of a few roundings of numbers up to 2.
         assert all(least - 1e-12 <= rate <= most + 1e-12 for rate in rates)
         rising, falling = rates[: warm + 1], rates[warm + 1 :]
-        assert all(a <= b + 1e-12 for a, b in zip(rising, rising[1:], strict=False))
+        assert all(a <= b + 1e-12 for a, b in pairwise(rising))
         if not isinstance(schedule, WarmupLR):
-            assert all(a >= b - 1e-12 for a, b in zip(falling, falling[1:], strict=False))
+            assert all(a >= b - 1e-12 for a, b in pairwise(falling))
 
 
 @given(first=steps, second=steps, stairs=st.integers(0, 7))
