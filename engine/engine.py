@@ -299,7 +299,9 @@ class Engine(Queries, nn.Module):
         if self.monitor is not None:
             self.monitor.log(self.global_steps, values)
 
-    def evaluate(self, data: Iterable[Any], *, name: str = "evaluation", weight: Weight | None = None) -> Evaluation:
+    def evaluate(
+        self, data: Iterable[Any] | Dataset, *, name: str = "evaluation", weight: Weight | None = None
+    ) -> Evaluation:
         """Mean loss and perplexity over a whole set, without gradients or dropout. All ranks must call it.
 
         Args:

@@ -195,7 +195,15 @@ def evaluation_loader(
     """Every sample of a dataset once, in its own order: this rank's are those of numbers rank, rank + world, ...
 
     The last batch may be short, and ranks may have unequal numbers of batches.
+
+    Raises:
+        ValueError: the dataset has no length.
     """
-    mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    samples = _length(dataset)
+    if samples is None:
+        raise ValueError(
+            f"{type(dataset).__name__} has no length to share; pass this rank's batches, as of a DataLoader"
+        )
+    mine = range(rank, samples, world)
     batches = [list(mine[start : start + micro_batch]) for start in range(0, len(mine), micro_batch)]
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator_for(0))

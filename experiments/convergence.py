@@ -85,7 +85,7 @@ def toys(steps: int) -> dict[str, Toy]:
     """By name; `steps` of training each."""
     samples = steps * BATCH
     kinds: tuple[Kind, ...] = ("copy", "sort")
-    sequences = {
+    sequences: dict[str, Toy] = {
         kind: Toy(task=Sequences(kind, samples=samples), held_out=Sequences(kind, samples=HELD_OUT, seed=1))
         for kind in kinds
     }

@@ -30,6 +30,7 @@ def train(out: str, steps: int = STEPS) -> Evaluation:
     text, held_out = Characters(), Characters(samples=256, skipped_bytes=1 << 18)
     monitor = {"jsonl_monitor": {"enabled": True, "output_path": out, "job_name": "char-gpt"}}
     engine, _, loader, _ = initialize(tiny_gpt(text), {**CONFIG, **monitor}, training_data=text)
+    assert loader is not None
     batches = iter(RepeatingLoader(loader))
     with progress("char-GPT", steps, show=engine.communicator.rank == 0) as advance:
         for step in range(steps):

@@ -325,3 +325,8 @@ def test_an_evaluation_reads_every_sample_once(samples: int, micro: int, world: 
     batches = [[batch.tolist() for batch in share] for share in shares]
     assert sorted(flat(flat(batches))) == list(range(samples))
     assert all(len(batch) == micro for share in batches for batch in share[:-1])
+
+
+def test_a_stream_is_not_shared_for_evaluation() -> None:
+    with pytest.raises(ValueError, match="Stream has no length to share; pass this rank's batches"):
+        evaluation_loader(Stream(3), 1, 0, 1)
