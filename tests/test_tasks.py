@@ -70,8 +70,8 @@ TOY = Toy(
 )
 
 LEARNED = {"one_bit gradients": 0.4, "power_sgd gradients": 1.0, "top_k gradients": 1.0}
-"""Held-out loss after 80 steps; the others reach 0.05. Guessing one of eight symbols has log 8 = 2.08; without the
-carried errors, or with gradients of the wrong size, the lossy ones stay near it."""
+"""Held-out loss after 80 steps; the others reach 0.05. Guessing one of eight symbols has log 8 = 2.08. Without the
+errors that they carry on, top-k stays at 1.2 and PowerSGD at 2.2; signs alone do learn to copy."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
