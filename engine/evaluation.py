@@ -82,6 +82,8 @@ def evaluate(engine: "Engine", batches: Iterable[Any], *, weight: Weight | None 
 
 def _counted(loss: Tensor, weight: Tensor) -> Tensor:
     """[loss * weight, weight, 1]; a mean of nothing, which is nan, counts nothing."""
+    if loss.numel() != 1:
+        raise ValueError(f"evaluate: the model's loss has shape {tuple(loss.shape)}; allowed: a scalar")
     return torch.stack(
         (torch.where(weight > 0, loss.double().reshape(()) * weight, 0.0), weight, torch.ones_like(weight))
     )

@@ -82,6 +82,15 @@ VARIANTS = (
 
 KEYS_WITHOUT_PRICE: dict[str, str] = {
     "seed": "nothing",
+    "scheduler": "some arithmetic of the host per step",
+    "dataloader_drop_last": "a global batch per epoch",
+    "data_loader": "time and memory of the host",
+    "steps_per_print": "a scalar all-reduce for each line",
+    "wall_clock_breakdown": "the host waits for the device six times per step",
+    "jsonl_monitor": "a scalar all-reduce per step, after which the host waits for the device",
+    "csv_monitor": "as `jsonl_monitor`",
+    "tensorboard": "as `jsonl_monitor`",
+    "wandb": "as `jsonl_monitor`",
     "fp16.loss_scale": "one pass over the gradient shard",
     "communication_data_type": "as `communication_compression` to that type",
     "communication_compression.gradient_options": "depends on the scheme",

@@ -10,7 +10,7 @@ from small_models import Run, micro_batches, start_engine, train_step
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
-from windtunnel.engine.batch import call, count_of, loss_of, map_tensors, samples_in, tensors, tokens_in
+from windtunnel.engine.batch import call, count_of, map_tensors, samples_in, tensors, tokens_in
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.evaluation import Evaluation, evaluating
 from windtunnel.engine.world import World
@@ -230,9 +230,8 @@ class Output:
         self.loss, self.num_tokens = loss, num_tokens
 
 
-def test_where_the_loss_is() -> None:
+def test_where_the_count_is() -> None:
     loss = torch.tensor(3.0)
-    assert loss_of(loss) is loss_of((loss, 5)) is loss_of({"loss": loss}) is loss_of(Output(loss, 7)) is loss
     counts = [count_of(output) for output in (loss, (loss, 5), (loss, torch.tensor(6)), Output(loss, 7))]
     assert counts == [None, 5, 6, 7]
     assert count_of((loss, torch.zeros(2, 3))) is None
@@ -240,10 +239,11 @@ def test_where_the_loss_is() -> None:
     assert count_of({"loss": loss, "num_tokens": 4}) == 4
 
 
-@pytest.mark.parametrize("output", [torch.zeros(3), {"logits": torch.zeros(1)}, None, (), (None, torch.zeros(2))])
-def test_no_loss(output: Any) -> None:
-    with pytest.raises(ValueError, match="the model returned no loss but"):
-        loss_of(output)
+def test_a_loss_of_many_numbers_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    engine, *_ = initialize(model, {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    with pytest.raises(ValueError, match=r"the model's loss has shape \(3, 1\); allowed: a scalar"):
+        engine.evaluate([torch.ones(3, 2)])
 
 
 def test_a_nest_of_tensors() -> None:

@@ -162,16 +162,17 @@ def test_sections() -> None:
     assert (wishes.print_every, wishes.breakdown) == (7, True)
     assert wishes.sections[0].folder == Path("a/b")  # type: ignore[union-attr]
     assert not Config.read(None, 1).monitoring.active
+    assert not Config.read({"steps_per_print": math.inf}, 1).monitoring.active  # as accelerate writes it
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"steps_per_print": 0}, "steps_per_print = 0; allowed: an integer >= 1, or null"),
+        ({"steps_per_print": 0}, "steps_per_print = 0.0; allowed: at least 1, or null"),
         ({"wall_clock_breakdown": True}, "wall_clock_breakdown = True, but nothing shows it; set steps_per_print"),
         ({"csv_monitor": {"path": "x"}}, r"unknown key 'csv_monitor.path'.*'output_path'"),
         ({"comet": {"enabled": True}}, "unknown key 'comet'"),
-        ({"comms_logger": {"enabled": True}}, "unknown key 'comms_logger'"),
+        ({"comms_logger": {"enabled": True}}, "comms_logger is not supported: engine.communicator.ledger"),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], message: str) -> None:
@@ -256,3 +257,20 @@ def test_a_users_own_backward_has_no_loss(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "windtunnel" / "metrics.jsonl")
     assert "train/loss" not in row
     assert row["train/loss_scale"] == 8.0
+
+
+def test_a_flight_is_told_nothing(tmp_path: Path) -> None:
+    """A config with all of it is simulated as one without: shapes have no loss to write."""
+    from windtunnel import simulate
+
+    loop = {
+        "steps_per_print": 1,
+        "wall_clock_breakdown": True,
+        "jsonl_monitor": {"enabled": True, "output_path": str(tmp_path)},
+        "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.0, "cycle_max_lr": 1e-3}},
+        "data_loader": {"num_workers": 2},
+    }
+    plain, full = (simulate("gpt-demo", "dgx-a100", gpus=2, config={"seed": 1, **keys}) for keys in ({}, loop))
+    assert full.step_time_s == plain.step_time_s
+    assert full.bytes_sent_per_gpu == plain.bytes_sent_per_gpu
+    assert list(tmp_path.iterdir()) == []
