@@ -251,12 +251,13 @@ def test_a_users_own_backward_has_no_loss(tmp_path: Path) -> None:
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
     engine, *_ = initialize(nn.Linear(2, 1), config)
-    engine(torch.ones(3, 2, dtype=torch.float16)).sum().backward()
+    engine.scale_loss(engine(torch.ones(3, 2, dtype=torch.float16)).sum()).backward()
     engine.step()
     engine.close()
     (row,) = rows(tmp_path / "windtunnel" / "metrics.jsonl")
     assert "train/loss" not in row
     assert row["train/loss_scale"] == 8.0
+    assert row["train/skipped_steps"] == 0
 
 
 def test_a_flight_is_told_nothing(tmp_path: Path) -> None:
