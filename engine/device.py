@@ -99,6 +99,8 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that the host's clock shows when."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
 def host_communicator(like: Communicator, timeout_s: float) -> Communicator:
     """The same ranks once more, on the host: what goes over it never meets training's collectives. All ranks make it.
 

@@ -297,7 +297,7 @@ def test_a_schedule_on_the_users_optimizer_is_taken_over() -> None:
         engine.backward(engine(torch.ones(1, 2)).sum())
         engine.step()
     assert rates == [pytest.approx(wanted) for wanted in alone]
-    assert engine.stateful["lr_scheduler"] is scheduler
+    assert engine.lr_scheduler is scheduler
 
 
 def test_a_schedule_on_another_optimizer_is_refused() -> None:
