@@ -7,13 +7,15 @@ Where ranks hold parts of it, it is cut in as many equal parts as there are rank
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..collectives.groups import Mesh
 from .config import Communication
 from .observer import SILENT, Observer
 
@@ -154,6 +156,10 @@ class Communicator(ABC):
         """Name of the algorithm that `perform` is to use."""
         return "native"
 
+    def along(self, mesh: Mesh, axis: str) -> "Communicator":
+        """A communicator of this rank's group on an axis of a mesh over these ranks; all of them must ask for it."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut in groups")
+
     @abstractmethod
     def perform(self, call: Call) -> Handle:
         """Start a collective."""
@@ -176,16 +182,32 @@ class SoloCommunicator(Communicator):
     def __init__(self, axis: str = "data") -> None:
         super().__init__(axis, rank=0, world=1)
 
+    def along(self, mesh: Mesh, axis: str) -> Communicator:
+        return SoloCommunicator(axis)
+
     def perform(self, call: Call) -> Handle:
         return DONE
 
 
 class NativeCommunicator(Communicator):
-    """The backend's own collectives, with the group's own time limit: NCCL on CUDA."""
+    """The backend's own collectives, with the group's own time limit: NCCL on CUDA.
 
-    def __init__(self, axis: str, group: dist.ProcessGroup) -> None:
+    Args:
+        owner: the process group was made for this communicator and ends with it.
+    """
+
+    def __init__(self, axis: str, group: dist.ProcessGroup, timeout_s: float, *, owner: bool = False) -> None:
         super().__init__(axis, group.rank(), group.size())
-        self.group = group
+        self.group, self.timeout_s, self.owner = group, timeout_s, owner
+
+    def along(self, mesh: Mesh, axis: str) -> Communicator:
+        group = new_process_group(mesh, axis, dist.get_process_group_ranks(self.group), self.timeout_s)
+        return NativeCommunicator(axis, group, self.timeout_s, owner=True)
+
+    def close(self) -> None:
+        if self.owner:
+            dist.destroy_process_group(self.group)
+            self.owner = False
 
     def follow(self, wishes: Communication) -> None:
         if wishes != Communication():
@@ -207,6 +229,22 @@ class NativeHandle:
             self.work.wait()
         except RuntimeError as error:
             raise CommunicationError(f"{self.entry} failed: {error}") from None
+
+
+def new_process_group(mesh: Mesh, axis: str, ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
+    """This rank's group on an axis of a mesh; every rank of the whole world must call it.
+
+    Args:
+        ranks: what the whole world calls the ranks of the mesh.
+        timeout_s: how long a rank waits for the others in one collective.
+    """
+    mine = None
+    for members in mesh.groups(axis):  # torch wants each rank to take part in the making of every group
+        group = dist.new_group([ranks[member] for member in members], timeout=timedelta(seconds=timeout_s))
+        if isinstance(group, dist.ProcessGroup):
+            mine = group
+    assert mine is not None
+    return mine
 
 
 def native_collective(group: dist.ProcessGroup, call: Call) -> dist.Work:

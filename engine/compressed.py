@@ -346,7 +346,9 @@ class _Chain:
             self._under_way = next(self._phases, None)
 
 
-def compressed(communicator: Communicator, compression: Compression, seed: int = 0) -> Communicator:
+def compressed(
+    communicator: Communicator, compression: Compression, seed: int = 0, grid: NodeGrid | None = None
+) -> Communicator:
     """`communicator` with what a config says of compression; itself if that is nothing, or it has one rank."""
     if communicator.world == 1 or (compression.gradients is None and compression.parameters is None):
         return communicator
@@ -355,6 +357,7 @@ def compressed(communicator: Communicator, compression: Compression, seed: int =
         gradients=compression.gradients,
         parameters=compression.parameters,
         min_elements=compression.min_elements,
+        grid=grid,
         seed=seed,
     )
 

@@ -22,6 +22,7 @@ from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, W
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
 from .sampling import DataLoading, DataLoadingSection
 from .schedule import SchedulerSection
+from .redundancy import OFF, LocalUpdates, Redundancy, resolve
 
 DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
     "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",
@@ -72,6 +73,7 @@ class ZeroSection:
         stage3_max_live_parameters: gathered elements beyond which nothing is gathered ahead.
         stage3_prefetch_bucket_size: elements that may be on their way ahead of their use; 0 gathers nothing ahead.
         stage3_param_persistence_threshold: parameters with fewer elements stay whole on every rank.
+        mics_shard_size, zero_hpz_partition_size: what is kept more than once, see engine/redundancy.py.
     """
 
     __pydantic_config__ = STRICT
@@ -82,6 +84,9 @@ class ZeroSection:
     stage3_param_persistence_threshold: float = 0
     zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
+    mics_shard_size: int = OFF
+    mics_hierarchical_params_gather: bool = False
+    zero_hpz_partition_size: int = 1
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
@@ -90,6 +95,11 @@ class ZeroSection:
             value = getattr(self, name)
             if value is not None and (value < least or value != int(value)):
                 raise ValueError(f"{name} = {value:g}; allowed: an integer >= {least}, in elements")
+        if self.mics_hierarchical_params_gather:
+            raise ValueError(
+                "mics_hierarchical_params_gather = true is not available; allowed: false, and a gather over several"
+                " nodes goes by tiers with communication.algorithms = {'all_gather': 'hierarchical/GPUSxNODES'}"
+            )
 
     def buffers(self) -> "Buffers":
         return Buffers(
@@ -228,6 +238,7 @@ class Json:
     communication_data_type: Literal["fp16", "bf16", "bfp16", "fp32"] | None = None
     communication_compression: CompressionSection = CompressionSection()
     communication: Communication = Communication()
+    local_updates: LocalUpdates | None = None
     seed: int = 1234
     dp_size: int | None = None
     mp_size: int = 1
@@ -246,6 +257,7 @@ class Config:
         compression: of what travels between ranks.
         communication: how collectives are done.
         buffers: how large what is not a shard may grow.
+        redundancy: what is kept more than once.
     """
 
     zero: Zero
@@ -255,6 +267,7 @@ class Config:
     optimizer: OptimizerSection | None
     seed: int
     formats: Precision = field(default_factory=Precision)
+    redundancy: Redundancy = Redundancy()
     compression: Compression = Compression()
     communication: Communication = Communication()
     buffers: Buffers = Buffers()
@@ -304,6 +317,7 @@ class Config:
             seed=keys.seed,
             formats=formats,
             compression=compression,
+            redundancy=_redundancy(keys, ranks, where),
             communication=keys.communication,
             buffers=keys.zero_optimization.buffers(),
             scheduler=keys.scheduler,
@@ -372,6 +386,14 @@ def _compression(keys: Json, where: str) -> Compression:
             " parameters apart from the gathered ones"
         )
     return Compression(gradients=for_gradients, parameters=for_parameters, min_elements=section.min_elements)
+
+
+def _redundancy(keys: Json, ranks: int, where: str) -> Redundancy:
+    zero, local = keys.zero_optimization, keys.local_updates
+    try:
+        return resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _scheme(name: str | None, options: dict[str, Any], what: str, where: str) -> Scheme | None:

@@ -91,7 +91,7 @@ def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: b
     if group.size() == 1:
         return SoloCommunicator()
     if device.type == "cuda":
-        return NativeCommunicator("data", group)
+        return NativeCommunicator("data", group, timeout_s)
     return GlooCommunicator("data", group, _get_default_store(), timeout_s, shared_memory=shared_memory)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .communicator import Communicator
-from .compressed import compressed, uncompressed
 from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device
 from .evaluation import Evaluation, Weight, evaluate
 from .gathered import remember
+from .groups import Groups, groups_for
 from .loader import ResumableLoader, evaluation_loader
 from .loss import loss_of
 from .loss_scale import LossScaler
@@ -81,10 +81,9 @@ def initialize(
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
-    communicator.follow(settings.communication)
-    communicator = compressed(communicator, settings.compression, settings.seed)
+    groups = groups_for(communicator, settings)
     pattern = _pattern(model, settings, optimizer, model_parameters)
-    engine = Engine(model, settings, communicator, pattern, units, timeout_s)
+    engine = Engine(model, settings, groups, pattern, units, timeout_s)
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
@@ -162,19 +161,22 @@ class Engine(Queries, nn.Module):
         stateful: objects with `state_dict` and `load_state_dict` that checkpoints save and restore, by name; the same
             on every rank, except that rank 0's state is saved.
         monitor: what the config's metrics are written by; None where none are asked for.
+        groups: what its collectives span.
+        communicator: all ranks.
     """
 
     def __init__(
         self,
         model: nn.Module,
         settings: Config,
-        communicator: Communicator,
+        groups: Groups,
         pattern: torch.optim.Optimizer,
         units: Iterable[nn.Module] | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
-        self.module, self.settings, self.communicator = model, settings, communicator
+        self.module, self.settings, self.groups = model, settings, groups
+        self.communicator = communicator = groups.everyone
         self.global_steps = self.micro_steps = 0
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
@@ -194,7 +196,7 @@ class Engine(Queries, nn.Module):
             communicator.observer.enter("initialize", part.block)
             dtype = DTYPES.get(settings.precision, part.dtype)
             gradients = DTYPES.get(settings.formats.gradients, dtype)
-            unit = FlatUnit(part, settings.zero, communicator, dtype, communicator.observer, gradients)
+            unit = FlatUnit(part, settings.zero, groups, dtype, communicator.observer, gradients)
             communicator.replicate([unit.full])
             unit.take_shard()
             flat.append(unit)
@@ -202,7 +204,7 @@ class Engine(Queries, nn.Module):
         with communicator.observer.category("buffers"):
             _narrow_buffers(model, settings)
         communicator.replicate(model.buffers())
-        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, communicator, settings.accumulation, buffers)
+        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
@@ -323,7 +325,7 @@ class Engine(Queries, nn.Module):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter whole, by name, on the host. All ranks must call it."""
-        with uncompressed(self.communicator):
+        with self.groups.uncompressed():
             return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -434,7 +436,7 @@ class Engine(Queries, nn.Module):
         return save_16bit_model(self, Path(save_dir), save_filename)
 
     def close(self) -> None:
-        """Wait for a checkpoint under way, end the writers and the communicator's thread; the parameters stay."""
+        """Wait for a checkpoint under way, end the writers and the communicators' threads; the parameters stay."""
         self.settle()
         if self.monitor is not None:
             self.monitor.close()
@@ -442,4 +444,4 @@ class Engine(Queries, nn.Module):
             if "checkpoints" in vars(self):
                 self.checkpoints.close()
         finally:
-            self.communicator.close()
+            self.groups.close()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..collectives.groups import Mesh
 from ..collectives.trace import Collective, Trace
 from .communicator import Call, Communicator, Handle
 from .engine import initialize
@@ -31,6 +32,10 @@ class SimCommunicator(Communicator):
     def __init__(self, axis: str, world: int, recorder: Recorder) -> None:
         super().__init__(axis, rank=0, world=world)
         self.observer = self.recorder = recorder
+
+    def along(self, mesh: Mesh, axis: str) -> Communicator:
+        self.recorder.world = mesh.sizes
+        return SimCommunicator(axis, mesh.sizes[axis], self.recorder)
 
     def perform(self, call: Call) -> Handle:
         entry = call.entry

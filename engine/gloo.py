@@ -25,7 +25,17 @@ from torch._C._distributed_c10d import Store
 
 from ..collectives.algorithms import KINDS, algorithm, names
 from ..collectives.choice import Selection, select
-from .communicator import Call, CommunicationError, Communicator, Entry, Handle, native_collective
+from ..collectives.groups import Mesh
+from .communicator import (
+    Call,
+    CommunicationError,
+    Communicator,
+    Entry,
+    Handle,
+    SoloCommunicator,
+    native_collective,
+    new_process_group,
+)
 from .config import Communication
 from .program import Arrival, Message, Posted, Transport, lower
 from .shared_memory import FOLDER, SharedMemory
@@ -69,6 +79,7 @@ class GlooCommunicator(Communicator):
         store: where ranks tell each other why they failed.
         timeout_s: how long one step of a collective waits for another rank.
         shared_memory: whether ranks talk through shared memory; by default they do if all are on one host.
+        owner: the process group was made for this communicator and ends with it.
 
     Attributes:
         names: the ranks of the group as the whole world numbers them.
@@ -86,7 +97,9 @@ class GlooCommunicator(Communicator):
         timeout_s: float,
         *,
         shared_memory: bool | None = None,
+        owner: bool = False,
     ) -> None:
+        self.owner = owner
         self.names, self._token, one_host = _introduce(group)
         super().__init__(axis, group.rank(), group.size())
         self.group, self.store, self.timeout_s = group, store, timeout_s
@@ -134,6 +147,13 @@ class GlooCommunicator(Communicator):
         """The messages of this rank in a collective that one of our programs does."""
         return _lowered(entry.kind, entry.algorithm, self.rank, self.world, entry.elements, root)
 
+    def along(self, mesh: Mesh, axis: str) -> Communicator:
+        group = new_process_group(mesh, axis, self.names, self.timeout_s)
+        if group.size() == 1:
+            dist.destroy_process_group(group)
+            return SoloCommunicator(axis)
+        return GlooCommunicator(axis, group, self.store, self.timeout_s, owner=True)
+
     # The queue #
 
     def perform(self, call: Call) -> Handle:
@@ -177,6 +197,9 @@ class GlooCommunicator(Communicator):
         self._signal.put(False)
         self._thread.join(self.timeout_s)
         self.transport.close(failed=self._failure is not None)
+        if self.owner:
+            dist.destroy_process_group(self.group)
+            self.owner = False
 
     def release_buffers(self) -> None:
         self.transport.release_buffers()

@@ -1,6 +1,6 @@
 """A flat unit: parameters that are gathered, reduced, stepped and freed together.
 
-They lie end to end in one buffer, padded to a multiple of the ranks; each `Parameter` object is kept and becomes a view
+They lie end to end in one buffer, padded to a multiple of the ranks that share it; each `Parameter` object is kept and becomes a view
 of it. Memory is freed by resizing the storage: views, and what autograd saved of them, stay valid for the next gather.
 """
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.zero import UnitSize, Zero, padded
-from .communicator import Communicator, Handle
+from .communicator import DONE, Communicator, Handle
+from .groups import Groups
 from .observer import Observer
 from .partition import Part
 
@@ -39,7 +40,8 @@ class Piece:
 class FlatUnit:
     """The buffers of one unit on one rank, and the moves between them.
 
-    S elements in the unit with padding, s = S / n in a shard (s = S at ZeRO stage 0, where all is kept whole).
+    S elements in the unit with padding, s = S / n in a shard of n ranks (s = S at ZeRO stage 0, where all is kept
+    whole), t = S / m in a second shard of m ranks, where there is one.
 
     Attributes:
         full: [S] parameters; its storage is empty while the unit is SHARDED.
@@ -48,26 +50,29 @@ class FlatUnit:
         gradient: [S] gradients of this backward, in the parameters' dtype or in one of their own, in which they are
             also reduced; its storage is empty outside of backward when gradients are sharded.
         gradient_shard: [s] reduced gradients: a view of `gradient` unless gradients are sharded.
+        secondary: [t] parameters as they were last gathered for a forward, from which backward gathers them inside
+            the secondary group; [0] where there is no such group.
     """
 
     def __init__(
         self,
         part: Part,
         zero: Zero,
-        communicator: Communicator,
+        groups: Groups,
         dtype: torch.dtype,
         observer: Observer,
         gradient_dtype: torch.dtype | None = None,
     ):
-        self.part, self.communicator, self.observer = part, communicator, observer
+        self.part, self.groups, self.observer = part, groups, observer
         self.zero = zero.of_unit(part.persistent)
         self.owner, self.block, self.label, self.trainable = part.owner, part.block, part.label, part.trainable
         self.group = part.slots[0].group
         self.parameters = [slot.parameter for slot in part.slots]
-        self.elements = padded(sum(parameter.numel() for parameter in self.parameters), communicator.world)
-        parts = communicator.world if zero.optimizer else 1
+        sharing = groups.shard
+        self.elements = padded(sum(parameter.numel() for parameter in self.parameters), sharing.world)
+        parts = sharing.world if zero.optimizer else 1
         size = self.elements // parts
-        self.bounds = (communicator.rank % parts * size, communicator.rank % parts * size + size)
+        self.bounds = (sharing.rank % parts * size, sharing.rank % parts * size + size)
         self.residency = Residency.GATHERED
         self.arriving: Handle | None = None
         self.seen: set[nn.Parameter] = set()
@@ -126,6 +131,11 @@ class FlatUnit:
                     self.master = self.shard if self.shard.dtype == wide else self.shard.to(wide)
         if self.zero.parameters:
             self.free()
+        keeps = self.zero.parameters and self.groups.secondary.world > 1
+        with self.observer.category("parameters"):
+            kept = self.elements // self.groups.secondary.world if keeps else 0
+            self.secondary = self.full.new_empty(kept)
+        self._secondary_is_fresh = False
 
     def _make_gradients(self, dtype: torch.dtype) -> None:
         start, stop = self.bounds
@@ -147,24 +157,32 @@ class FlatUnit:
 
     # Parameters #
 
-    def gather(self) -> None:
-        """Start to collect the parameters from all ranks, unless they are here or on their way."""
+    def gather(self, *, again: bool = False) -> None:
+        """Start to collect the parameters from all ranks that share them, unless they are here or on their way.
+
+        Args:
+            again: for backward, after a forward that has filled the second shard, where there is one.
+        """
         if self.residency is not Residency.SHARDED:
             return
-        start, stop = self.bounds
         self._restore(self.full, "buffers")
         self._point_to(self._here)
+        nearby = again and self._secondary_is_fresh
         with torch.no_grad():
-            self.full[start:stop].copy_(self.shard)
-        self._start_gather()
+            if nearby:
+                self._part(self.groups.secondary).copy_(self.secondary)
+            else:
+                self._part(self.groups.shard).copy_(self.shard)
+        self._secondary_is_fresh = nearby  # else it is filled again on arrival, with what this forward computes with
+        self._start_gather(self.groups.secondary if nearby else self.groups.shard)
 
     def publish(self) -> None:
         """Start to send this rank's stepped shard to the ranks that keep whole parameters."""
         if self.zero.optimizer and not self.zero.parameters:
-            self._start_gather()
+            self._start_gather(self.groups.shard)
 
-    def _start_gather(self) -> None:
-        self.arriving = self.communicator.all_gather(self.full, f"parameters of {self.label}")
+    def _start_gather(self, group: Communicator) -> None:
+        self.arriving = group.all_gather(self.full, f"parameters of {self.label}")
         self.residency = Residency.GATHERING
 
     def gathered_master(self) -> Tensor:
@@ -184,6 +202,14 @@ class FlatUnit:
             self.arriving.wait()
             self.arriving = None
             self.residency = Residency.GATHERED
+            if not self._secondary_is_fresh and self.secondary.numel():
+                with torch.no_grad():
+                    self.secondary.copy_(self._part(self.groups.secondary))
+                self._secondary_is_fresh = True
+
+    def _part(self, group: Communicator) -> Tensor:
+        """The part of the gathered parameters that is this rank's in a group."""
+        return self.full.view(group.world, -1)[group.rank]
 
     def free(self) -> None:
         """Keep only the shard, if parameters are sharded."""
@@ -240,11 +266,21 @@ class FlatUnit:
                 self.gradient[used:].zero_()
 
     def reduce(self) -> Handle:
-        """Start to sum the gradients over the ranks."""
+        """Start to sum the gradients over the ranks that share the unit."""
         self.fill_unseen()
         if self.zero.optimizer:
-            return self.communicator.reduce_scatter(self.gradient, f"gradients of {self.label}")
-        return self.communicator.all_reduce(self.gradient, f"gradients of {self.label}")
+            return self.groups.shard.reduce_scatter(self.gradient, f"gradients of {self.label}")
+        return self.groups.shard.all_reduce(self.gradient, f"gradients of {self.label}")
+
+    def reduce_between_replicas(self) -> Handle:
+        """Start to sum the gradient shard over the ranks that have the same one: the second hop of two.
+
+        Once per step: the sums of a step's micro-steps are summed as well as each of them (Zhang et al. 2022, MiCS,
+        section 3.4).
+        """
+        if not self.zero.optimizer:
+            return DONE
+        return self.groups.replica.all_reduce(self.gradient_shard, f"gradient shards of {self.label}")
 
     def absorb(self) -> None:
         """Add the reduced chunk to the gradient shard and free the rest, if gradients are sharded."""

@@ -21,6 +21,7 @@ from ..collectives.zero import Zero
 from .batch import tensors
 from .communicator import Communicator, Handle
 from .config import Buffers
+from .groups import Groups
 from .observer import Observer
 from .unit import FlatUnit, Residency
 
@@ -54,13 +55,13 @@ class ZeroRuntime:
         blocks: list[nn.Module],
         units: list[FlatUnit],
         zero: Zero,
-        communicator: Communicator,
+        groups: Groups,
         accumulation: int,
         buffers: Buffers = BOUNDLESS,
     ) -> None:
-        self.model, self.units, self.zero, self.communicator = model, units, zero, communicator
+        self.model, self.units, self.zero, self.groups = model, units, zero, groups
         self.accumulation, self.buffers = accumulation, buffers
-        self.observer: Observer = communicator.observer
+        self.observer: Observer = groups.everyone.observer
         self.micro_step = 0
         self.used: set[nn.Parameter] = set()
         self._owners: list[nn.Module] = [model, *blocks]
@@ -82,9 +83,15 @@ class ZeroRuntime:
         self._reduced_inside: list[FlatUnit] = []
         self._behind: deque[tuple[FlatUnit, Handle]] = deque()
         self.before_backward: Callable[[], None] = lambda: None  # called before gradients of a micro-step are taken
+        self._between_replicas: list[Handle] = []
         self._install_hooks()
 
     # State of the step #
+
+    @property
+    def communicator(self) -> Communicator:
+        """All ranks."""
+        return self.groups.everyone
 
     @property
     def at_boundary(self) -> bool:
@@ -159,8 +166,9 @@ class ZeroRuntime:
 
     def _bring(self, module: nn.Module, direction: int) -> None:
         """Have the module's units here, and those of the module that comes next on their way."""
+        again = direction < 0
         for unit in self._of[module]:
-            unit.gather()
+            unit.gather(again=again)
         for unit in self._of[module]:
             unit.arrive()
         follows = self._block[module] + direction
@@ -168,9 +176,9 @@ class ZeroRuntime:
         if self._block[module] < 0:
             follows = 0 if direction > 0 else len(self._owners) - 2
         if 0 <= follows < len(self._owners) - 1:
-            self._gather_ahead(self._of[self._owners[follows + 1]])
+            self._gather_ahead(self._of[self._owners[follows + 1]], again=again)
 
-    def _gather_ahead(self, units: list[FlatUnit]) -> None:
+    def _gather_ahead(self, units: list[FlatUnit], *, again: bool) -> None:
         """Ask for units before they are needed, within the bounds; all ranks decide alike, by sizes and order alone."""
         sharded = [unit for unit in units if unit.residency is Residency.SHARDED]
         live = sum(unit.elements for unit in self.units if unit.residency is not Residency.SHARDED and unit.sharded)
@@ -179,7 +187,7 @@ class ZeroRuntime:
             ahead += unit.elements
             if ahead > self.buffers.ahead_elements or live + ahead > self.buffers.live_elements:
                 return
-            unit.gather()
+            unit.gather(again=again)
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         self._begin_backward()
@@ -265,6 +273,8 @@ class ZeroRuntime:
         unit, handle = self._behind.popleft()
         handle.wait()
         unit.absorb()
+        if self.at_boundary:
+            self._between_replicas.append(unit.reduce_between_replicas())
 
     def _end_backward(self) -> None:
         """Autograd has run to its end: reduce what is left (units with unused parameters), and wait for all of it."""
@@ -274,6 +284,8 @@ class ZeroRuntime:
         self._free_reduced_inside()
         while self._behind:
             self._absorb_oldest()
+        while self._between_replicas:
+            self._between_replicas.pop(0).wait()
         for unit in self.units:
             unit.free()
         self._backward_running = False

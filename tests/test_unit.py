@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from windtunnel.collectives.zero import Zero, padded
 from windtunnel.engine.communicator import DONE, Call, Communicator, Handle, SoloCommunicator
+from windtunnel.engine.groups import Groups
 from windtunnel.engine.observer import SILENT
 from windtunnel.engine.partition import partition
 from windtunnel.engine.unit import FlatUnit, Residency
@@ -48,7 +49,7 @@ class Shapes(nn.Module):
 
 def make_unit(model: nn.Module, stage: int, communicator: Communicator, dtype: torch.dtype | None = None) -> FlatUnit:
     _, parts = partition(model, [{"params": list(model.parameters())}])
-    unit = FlatUnit(parts[0], Zero.of_stage(stage), communicator, dtype or parts[0].dtype, SILENT)
+    unit = FlatUnit(parts[0], Zero.of_stage(stage), Groups.whole(communicator), dtype or parts[0].dtype, SILENT)
     unit.take_shard()
     return unit
 
@@ -127,7 +128,7 @@ def test_freed_memory_comes_back_under_the_same_views(
             assert view.data_ptr() == parameter.data_ptr()
             assert torch.equal(view.flatten(), whole[int(view.flatten()[0]) :][: view.numel()])
         unit.free()
-    assert unit.communicator.ledger.total() == (2 if world > 1 else 0)
+    assert unit.groups.shard.ledger.total() == (2 if world > 1 else 0)
 
 
 @given(shapes=shapes, world=worlds, stage=stages)
@@ -135,7 +136,7 @@ def test_publish_only_where_whole_parameters_lack_a_step(shapes: list[tuple[int,
     unit = make_unit(Shapes(shapes), stage, Imagined(0, world))
     unit.publish()
     unit.arrive()
-    kinds = [entry.kind for entry in unit.communicator.ledger]
+    kinds = [entry.kind for entry in unit.groups.shard.ledger]
     assert kinds == (["all_gather"] if stage in (1, 2) and world > 1 else [])
 
 
@@ -168,7 +169,7 @@ def test_gradients_accumulate_scaled_and_missing_ones_are_zero(
     flat = torch.cat([*wanted, torch.zeros(unit.elements)])[start:stop]
     assert torch.equal(unit.gradient_shard, flat)
     kind = "all_reduce" if stage == 0 else "reduce_scatter"
-    assert [entry.kind for entry in unit.communicator.ledger if entry.kind != "all_gather"] == [kind] * (world > 1)
+    assert [entry.kind for entry in unit.groups.shard.ledger if entry.kind != "all_gather"] == [kind] * (world > 1)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_masters_are_wide(dtype: torch.dtype, master: torch.dtype, stage: int) -
 def test_a_frozen_unit_has_neither_gradient_nor_master() -> None:
     model = Shapes([(3,)]).requires_grad_(False)
     _, parts = partition(model, [])
-    unit = FlatUnit(parts[0], Zero.of_stage(3), Imagined(0, 2), torch.float32, SILENT)
+    unit = FlatUnit(parts[0], Zero.of_stage(3), Groups.whole(Imagined(0, 2)), torch.float32, SILENT)
     unit.take_shard()
     assert not unit.size.trainable
     assert not hasattr(unit, "gradient")
