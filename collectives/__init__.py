@@ -11,6 +11,7 @@ rendezvous  which ops meet and in which round, or why they never do
 proof       plays programs on sets of contributions
 diagram     an algorithm as the picture one would draw of it
 coalesce    which of many small tensors travel in one collective
+groups      which ranks form which groups: a mesh of named axes; the network as a strided group sees it
 tiers       a cluster seen by a collective: latency and bandwidth per tier; the closed form of a ring
 costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes

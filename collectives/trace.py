@@ -63,7 +63,7 @@ class Collective:
 
     Attributes:
         kind: "all_reduce", "reduce_scatter" or "all_gather".
-        axis: the mesh axis whose group takes part, e.g. "data".
+        axis: the mesh axis whose group takes part, e.g. "data"; or neighbouring ones, as "shard*replica".
         elements: of the whole buffer (the gathered one, the unreduced one).
         dtype: as in Kernel.
         algorithm: None unless one was forced; it is chosen on the target cluster.
@@ -139,7 +139,7 @@ class Trace:
     """One rank's program: what is allocated at first, a first step and a steady step.
 
     Attributes:
-        world: sizes of the mesh axes, e.g. {"data": 1024}.
+        world: sizes of the mesh axes, innermost first, e.g. {"data": 1024} or {"shard": 8, "replica": 128}.
         blocks: how many repeated blocks the model has (indices 0 to blocks - 1).
     """
 

@@ -82,14 +82,74 @@ def sent_bytes_per_step(units: Iterable[UnitSize], zero: Zero, ranks: int, micro
     return total
 
 
+def shard_group_bytes_per_step(
+    units: Iterable[UnitSize], zero: Zero, shard_ranks: int, replicas: int, micro_steps: int
+) -> dict[str, int]:
+    """The same by axis where states are sharded over `shard_ranks` ranks and replicated `replicas` times.
+
+    Zhang et al., "MiCS: Near-linear Scaling for Training Gigantic Model on Public Cloud" (VLDB 2022), sections 3.1 and
+    3.4: inside a group all is as ZeRO has it over s ranks. Between the r replicas of a shard of P / s elements its
+    gradient is summed once per step (the second hop), whatever the number of micro-steps: 2 P / s (r-1)/r. Units are
+    padded to a multiple of s * r.
+    """
+    units = list(units)
+    between = sum(
+        2 * (unit.elements // shard_ranks // replicas) * (replicas - 1) * unit.element_bytes
+        for unit in units
+        if unit.trainable
+    )
+    return {"shard": sent_bytes_per_step(units, zero, shard_ranks, micro_steps), "replica": between}
+
+
+def secondary_bytes_per_step(
+    units: Iterable[UnitSize], ranks: int, secondary_ranks: int, micro_steps: int
+) -> dict[str, int]:
+    """The same by axis at stage 3 where each group of `secondary_ranks` ranks holds the parameters a second time.
+
+    Wang et al., "ZeRO++: Extremely Efficient Collective Communication for Giant Model Training" (2023), section 3.2
+    (hpZ): of the three rounds of k P (n-1)/n the gather for backward stays in the group, k P (m-1)/m with m ranks in
+    it. The others span all ranks.
+    """
+    units = list(units)
+    sharded = [unit for unit in units if not unit.persistent]
+    backward = sum(micro_steps * (unit.elements // ranks) * (ranks - 1) * unit.element_bytes for unit in sharded)
+    inside = sum(
+        micro_steps * (unit.elements // secondary_ranks) * (secondary_ranks - 1) * unit.element_bytes
+        for unit in sharded
+    )
+    everywhere = sent_bytes_per_step(units, Zero.of_stage(3), ranks, micro_steps) - backward
+    return {"inside": inside, "inside*across": everywhere}
+
+
+def agreement_bytes(units: Iterable[UnitSize], ranks: int, value_bytes: int) -> int:
+    """Payload that each rank sends when ranks that step by themselves agree, once in H steps: 2 P (n-1)/n values.
+
+    Parameters of `value_bytes` bytes in Local SGD (Stich 2019, algorithm 1), how far they have come in DiLoCo (Douillard
+    et al. 2023, algorithm 1, line 12): a mean over the ranks either way, and no gradients besides.
+    """
+    return sum(2 * (unit.elements // ranks) * (ranks - 1) * value_bytes for unit in units if unit.trainable)
+
+
 def model_state_bytes(
-    units: Iterable[UnitSize], zero: Zero, ranks: int, *, moments: int, master_bytes: int
+    units: Iterable[UnitSize],
+    zero: Zero,
+    ranks: int,
+    *,
+    moments: int,
+    master_bytes: int,
+    secondary_ranks: int = 1,
+    outer_values: int = 0,
 ) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer state that rank 0 holds between steps (SC 2020, section 5).
 
     Other ranks hold the same or, where padding falls into their shard, a little less.
 
     Args:
+        ranks: over how many states are sharded: those of a shard group, where all ranks are not one.
+        secondary_ranks: over how many the second shards of the parameters are cut; 1 where there are none (ZeRO++,
+            section 3.2: with m ranks in a node P / m more parameters per rank).
+        outer_values: that an outer optimizer keeps per trainable parameter, in `master_bytes` each: 2 for DiLoCo's
+            last agreed values and momentum, 0 for a mean of the parameters.
         moments: values that the optimizer keeps per parameter: 2 for Adam, 1 for momentum, 0 for plain SGD.
         master_bytes: size of an optimizer value; where it differs from a unit's own `element_bytes` a master copy
             of the parameters is kept too, as in mixed precision: 2 + 2 + 12 bytes per parameter with Adam.
@@ -97,13 +157,15 @@ def model_state_bytes(
     totals = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for unit in units:
         shard = unit.elements // ranks
-        totals["parameters"] += (
-            shard if zero.of_unit(unit.persistent).parameters else unit.elements
-        ) * unit.element_bytes
+        sharded = zero.of_unit(unit.persistent).parameters
+        totals["parameters"] += (shard if sharded else unit.elements) * unit.element_bytes
+        if sharded and secondary_ranks > 1:
+            totals["parameters"] += unit.elements // secondary_ranks * unit.element_bytes
         if not unit.trainable:
             continue
         totals["gradients"] += (shard if zero.gradients else unit.elements) * unit.bytes_of_gradient
         kept = shard if zero.optimizer else unit.elements
         masters = kept if master_bytes != unit.element_bytes else 0
         totals["optimizer"] += (masters + moments * min(kept, unit.elements - unit.padding)) * master_bytes
+        totals["optimizer"] += outer_values * unit.elements * master_bytes
     return totals

@@ -32,6 +32,8 @@ run_state       what of a run is not a parameter or its moments
 export          full weights as safetensors, from an engine or from a checkpoint's folder
 agreement       ranks exchange objects, and fail together
 durable         files that are whole or absent
+redundancy      what a run keeps more than once, as its config says it
+groups          the groups that collectives run on, along the axes of the config's mesh
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
 compression     ways to send fewer bytes, described, and what each puts on the wire
 codec           rows of numbers as rows of bytes and back

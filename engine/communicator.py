@@ -196,7 +196,7 @@ class NativeCommunicator(Communicator):
         owner: the process group was made for this communicator and ends with it.
     """
 
-    def __init__(self, axis: str, group: dist.ProcessGroup, timeout_s: float, *, owner: bool = False) -> None:
+    def __init__(self, axis: str, group: dist.ProcessGroup, timeout_s: float = 600.0, *, owner: bool = False) -> None:
         super().__init__(axis, group.rank(), group.size())
         self.group, self.timeout_s, self.owner = group, timeout_s, owner
 

@@ -69,7 +69,9 @@ class FlatUnit:
         self.group = part.slots[0].group
         self.parameters = [slot.parameter for slot in part.slots]
         sharing = groups.shard
-        self.elements = padded(sum(parameter.numel() for parameter in self.parameters), sharing.world)
+        self.elements = padded(
+            sum(parameter.numel() for parameter in self.parameters), sharing.world * groups.replica.world
+        )
         parts = sharing.world if zero.optimizer else 1
         size = self.elements // parts
         self.bounds = (sharing.rank % parts * size, sharing.rank % parts * size + size)

@@ -6,6 +6,7 @@ kernel      seconds of one kernel: roofline with tiles and waves, or what was me
 network     seconds and bytes of a collective: closed form, or every message
 topology    the network as links: which ones a message takes, and how late it is
 flows       max-min fair rates of flows that share links
+groups      the groups of an axis played at the same time
 messages    the messages of a collective as arrays: who sends what to whom, in which step
 program     plays collective programs on simpy: every message a flow that shares links with the others
 memory      bytes in use through the step, by category, in the order of the program

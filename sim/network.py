@@ -6,10 +6,11 @@ from math import prod
 from ..collectives.algorithms import algorithm, names
 from ..collectives.choice import choose, native
 from ..collectives.costs import overhead_seconds, seconds
+from ..collectives.groups import Placement, tiers_along
 from ..collectives.program import Send
 from ..collectives.tiers import Tier, Tiers
 from ..collectives.trace import Collective
-from .program import play
+from .groups import play_groups
 from .topology import Topology, of_tiers
 
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -28,30 +29,34 @@ def collective_bytes(collective: Collective) -> int:
     return collective.elements * DTYPE_BYTES[collective.dtype]
 
 
-def collective_seconds(collective: Collective, group: int, network: Topology | Tiers, fidelity: str) -> float:
-    """How long a collective over the first `group` ranks takes on an otherwise idle network.
+def collective_seconds(
+    collective: Collective, group: int | Placement, network: Topology | Tiers, fidelity: str
+) -> float:
+    """How long a collective takes on an otherwise idle network.
 
     A collective that forces no algorithm is the backend's own: of the algorithms that NCCL has, the fastest in closed
     form.
 
     Args:
+        group: how the groups lie that do it, all at the same time; a number: one group, of so many first ranks.
         fidelity: "closed_form" for the alpha-beta formula, "events" to play every message.
 
     Raises:
-        ValueError: no such algorithm, more ranks than the network joins, or "events" with more messages than are worth
-            playing.
+        ValueError: no such algorithm, more ranks than the network joins, groups that straddle nodes, or "events" with
+            more messages than are worth playing.
     """
-    if group == 1:
+    placed = _placed(group)
+    if placed.size == 1:
         return 0.0
     kind, nbytes = collective.kind, collective_bytes(collective)
-    name = _name(collective, group, network)
+    name = _name(collective, placed, network)
     if fidelity == "closed_form":
-        return _computed(kind, name, nbytes, group, _tiers(network))
-    return _played(kind, name, nbytes, group, network if isinstance(network, Topology) else of_tiers(network))
+        return _computed(kind, name, nbytes, placed.size, _seen(placed, _tiers(network)))
+    return _played(kind, name, nbytes, placed, network if isinstance(network, Topology) else of_tiers(network))
 
 
-def sent_bytes(collective: Collective, group: int, network: Topology | Tiers | None = None) -> int:
-    """Bytes that a rank sends in a collective over `group` ranks, in the mean over the ranks, all chunks being equal.
+def sent_bytes(collective: Collective, group: int | Placement, network: Topology | Tiers | None = None) -> int:
+    """Bytes that a rank sends in a collective of a group, in the mean over the ranks, all chunks being equal.
 
     Where more than MOST_COUNTED ranks differ from each other, it is the mean over a sample of them.
 
@@ -59,23 +64,33 @@ def sent_bytes(collective: Collective, group: int, network: Topology | Tiers | N
         network: on which an algorithm is chosen, if the collective forces none; None: the first of those that do this
             kind, a ring where there is one.
     """
-    if group == 1:
+    placed = _placed(group)
+    if placed.size == 1:
         return 0
     forced = collective.algorithm not in (None, "native")
-    name = names(collective.kind)[0] if network is None and not forced else _name(collective, group, network or ())
-    sent, chunks = _sent_chunks(collective.kind, name, group)
+    name = names(collective.kind)[0] if network is None and not forced else _name(collective, placed, network or ())
+    sent, chunks = _sent_chunks(collective.kind, name, placed.size)
     return round(collective_bytes(collective) * sent / chunks)
 
 
-def _name(collective: Collective, group: int, network: Topology | Tiers) -> str:
+def _placed(group: int | Placement) -> Placement:
+    return Placement(group, 1, group) if isinstance(group, int) else group
+
+
+def _name(collective: Collective, placed: Placement, network: Topology | Tiers) -> str:
     """The algorithm that does a collective."""
     if collective.algorithm is None or collective.algorithm == "native":
-        return _chosen(collective.kind, collective_bytes(collective), group, _tiers(network))
+        return _chosen(collective.kind, collective_bytes(collective), placed.size, _seen(placed, _tiers(network)))
     return collective.algorithm
 
 
 def _tiers(network: Topology | Tiers) -> tuple[Tier, ...]:
     return network.tiers if isinstance(network, Topology) else tuple(network)
+
+
+@lru_cache(maxsize=4096)
+def _seen(placed: Placement, tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
+    return tiers_along(placed, tiers)
 
 
 @lru_cache(maxsize=4096)
@@ -89,9 +104,9 @@ def _computed(kind: str, name: str, nbytes: int, group: int, tiers: tuple[Tier, 
 
 
 @lru_cache(maxsize=4096)
-def _played(kind: str, name: str, nbytes: int, group: int, network: Topology) -> float:
-    overhead_s = overhead_seconds(kind, nbytes, group, network.tiers)
-    return overhead_s + play(algorithm(kind, name), group, nbytes, network)
+def _played(kind: str, name: str, nbytes: int, placed: Placement, network: Topology) -> float:
+    overhead_s = overhead_seconds(kind, nbytes, placed.size, _seen(placed, network.tiers))
+    return overhead_s + play_groups(algorithm(kind, name), placed, nbytes, network)
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from math import prod
 import simpy
 from simpy.events import Event, ProcessGenerator
 
+from ..collectives.groups import Mesh
 from ..collectives.trace import Call, Collective, Kernel, Phase, Segment, Synchronize, Trace, Wait
 from .hardware import Cluster
 from .kernel import kernel_seconds
@@ -97,7 +98,8 @@ class _Rank:
             },
         )
         self.compute = ComputeStream(self.env, interference, record)
-        self.streams = {axis: CommunicationStream(self.env, axis, interference, record) for axis in trace.world}
+        self.mesh = Mesh.of(trace.world)
+        self.streams = {axis: CommunicationStream(self.env, axis, interference, record) for axis in axes(trace)}
         self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
         self._skipped: Mark = defaultdict(float)
@@ -171,8 +173,7 @@ class _Rank:
                     yield self._drained()
 
     def _start(self, op: Collective) -> Event:
-        group = self.trace.world[op.axis]
-        seconds = collective_seconds(op, group, self.network, self.fidelity)
+        seconds = collective_seconds(op, self.mesh.placement(op.axis), self.network, self.fidelity)
         name = f"{op.kind} {op.label}"
         return self.streams[op.axis].start(name, seconds, after=self._drained())
 
@@ -194,6 +195,12 @@ class _Rank:
         return {name: seconds + self._skipped[name] for name, seconds in played.items()}
 
 
+def axes(trace: Trace) -> tuple[str, ...]:
+    """The axes of the trace's mesh, and those joined ones whose groups do something."""
+    named = (op.axis for segment in trace.segments for op in segment if isinstance(op, Collective))
+    return tuple(dict.fromkeys((*trace.world, *named)))
+
+
 # Sums that need no clock #
 
 
@@ -209,11 +216,12 @@ def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars
     Args:
         network: on which algorithms are chosen, see sim/network.py.
     """
-    sent = dict.fromkeys(trace.world, 0)
+    sent = dict.fromkeys(axes(trace), 0)
+    mesh = Mesh.of(trace.world)
     for call, times in _steady(trace):
         for op in trace.segments[call.segment]:
             if isinstance(op, Collective) and (scalars or not op.scalar):
-                sent[op.axis] += times * sent_bytes(op, trace.world[op.axis], network)
+                sent[op.axis] += times * sent_bytes(op, mesh.placement(op.axis), network)
     return sent
 
 
