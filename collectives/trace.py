@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "buffers", "temporary")
 """Where a byte of device memory belongs. Gathered units are buffers, fp32 masters are optimizer. An Alloc may also say
@@ -122,16 +122,18 @@ class Phase:
     """A part of a step that repeats as a whole.
 
     Attributes:
-        name: "initialize", "micro-step first" / "middle" / "last", or "update".
+        name: "initialize", "micro-step first" / "middle" / "last", "update", or "agree".
         step: 0 for what precedes training, 1 for the first step, 2 for the steady step.
         calls: what it runs, in program order.
         repeat: how many times in a row.
+        every: it is part of one step in so many; of the others not.
     """
 
     name: str
     step: int
     calls: tuple[Call, ...]
     repeat: int = 1
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ monitor         what the engine tells of its steps, and to whom
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
+local_updates   ranks that step by themselves and agree now and then
 optim           optimizers by name: torch's that go with shards, Lion, LAMB
 optimizer       an optimizer on shards: loss scale, clipping, skipped steps
 loss_scale      the loss scale as a state machine

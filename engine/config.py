@@ -390,6 +390,11 @@ def _compression(keys: Json, where: str) -> Compression:
 
 def _redundancy(keys: Json, ranks: int, where: str) -> Redundancy:
     zero, local = keys.zero_optimization, keys.local_updates
+    if local is not None and local.outer == "average" and _compression(keys, where).gradients is not None:
+        raise ValueError(
+            f"{where}: local_updates.outer = 'average' sends parameters and no gradients, so a scheme for gradients would"
+            " round them; allowed: outer = 'nesterov', or no compression"
+        )
     try:
         return resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)
     except ValueError as error:

@@ -17,6 +17,7 @@ from .evaluation import Evaluation, Weight, evaluate
 from .gathered import remember
 from .groups import Groups, groups_for
 from .loader import ResumableLoader, evaluation_loader
+from .local_updates import LocalTraining
 from .loss import loss_of
 from .loss_scale import LossScaler
 from .monitor import Monitor, monitor_for
@@ -162,6 +163,7 @@ class Engine(Queries, nn.Module):
             on every rank, except that rank 0's state is saved.
         monitor: what the config's metrics are written by; None where none are asked for.
         groups: what its collectives span.
+        local_updates: lets ranks step by themselves; None where they step together.
         communicator: all ranks.
     """
 
@@ -210,6 +212,10 @@ class Engine(Queries, nn.Module):
         self._loss_is_scaled = False
         self.runtime.before_backward = self._check_loss
         self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
+        local = settings.redundancy.local
+        self.local_updates = LocalTraining(local, self.runtime) if local is not None else None
+        if self.local_updates is not None:
+            self.stateful["local_updates"] = self.local_updates
         remember(self.runtime)
 
     def __getattr__(self, name: str) -> Any:
@@ -280,6 +286,8 @@ class Engine(Queries, nn.Module):
         rate = self.optimizer.param_groups[0]["lr"]
         with self._timed("step"):
             self.optimizer.step()
+            if self.local_updates is not None:
+                self.local_updates.after_step()
         if self.lr_scheduler is not None and not self.optimizer.overflow:
             self.lr_scheduler.step()
         self.global_steps += 1

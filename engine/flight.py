@@ -26,6 +26,10 @@ from .recorder import Address, Recorder
 from .sim_device import register
 
 
+NOT_FLOWN = 1 << 30
+"""A step that no flight gets to."""
+
+
 class SimCommunicator(Communicator):
     """Writes down what would be sent."""
 
@@ -93,9 +97,15 @@ def fly(plan: Plan) -> Trace:
 
 
 def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, recorder: Recorder) -> Trace:
-    """The trace of two steps: the second one is the steady one."""
+    """The trace of two steps: the second one is the steady one.
+
+    Where ranks agree every so many steps, each flown step ends with it, in a phase that says how rare it is.
+    """
     flown = min(plan.micro_steps, 3)
     config = {**plan.config, "gradient_accumulation_steps": flown}
+    local = config.get("local_updates")
+    if local is not None:
+        config["local_updates"] = {**local, "every": NOT_FLOWN, "warmup_steps": 0}
     engine, *_ = initialize(model, config)
     for step in (1, 2):
         for micro_step in range(flown):
@@ -109,6 +119,9 @@ def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, record
             if micro_step == flown - 1:
                 recorder.phase("update", step)
             engine.step()
+        if engine.local_updates is not None and local is not None:
+            recorder.phase("agree", step, every=local["every"])
+            engine.local_updates.agree()
     return recorder.trace()  # here, where the engine and its memory are still alive
 
 

@@ -16,8 +16,8 @@ class Observer:
     def enter(self, key: str, block: int) -> None:
         """From here on the program is in segment `key` of block `block` (see collectives/trace.py)."""
 
-    def phase(self, name: str, step: int) -> None:
-        """From here on the program is in phase `name` of training step `step`."""
+    def phase(self, name: str, step: int, every: int = 1) -> None:
+        """From here on the program is in phase `name` of training step `step`, which one step in `every` has."""
 
     def synchronized(self) -> None:
         """The program reads a value from the device, and so waits for it."""

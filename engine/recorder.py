@@ -54,7 +54,7 @@ class Recorder(Observer):
         self._calls: list[Call] = []
         self._segments: dict[Segment, int] = {}
         self._phases: list[Phase] = []
-        self._phase = ("initialize", 0)
+        self._phase = ("initialize", 0, 1)
         self._storages: dict[int, tuple[Address, weakref.ref]] = {}
         self.blocks = 0
 
@@ -64,10 +64,10 @@ class Recorder(Observer):
         self._close_segment()
         self._key, self._block = key, block
 
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int, every: int = 1) -> None:
         self._close_segment()
         self._close_phase()
-        self._phase = (name, step)
+        self._phase = (name, step, every)
         self.enter(f"{name}.begin", -1)
 
     @contextmanager
@@ -159,9 +159,9 @@ class Recorder(Observer):
             self._ops = []
 
     def _close_phase(self) -> None:
-        name, step = self._phase
+        name, step, every = self._phase
         if self._calls:
-            self._phases.append(Phase(name, step, tuple(self._calls)))
+            self._phases.append(Phase(name, step, tuple(self._calls), every=every))
             self._calls = []
 
 

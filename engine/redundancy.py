@@ -81,7 +81,7 @@ OFF = -1
 
 
 def resolve(mics_shard_size: int, hpz_size: int, local: LocalUpdates | None, stage: int, ranks: int) -> Redundancy:
-    """The choices of a config, checked.
+    """The choices of a config, checked against each other.
 
     Raises:
         ValueError: a size that does not divide the ranks, or a choice that does not go with the stage or another one.

@@ -93,6 +93,13 @@ class ZeroRuntime:
         """All ranks."""
         return self.groups.everyone
 
+    def work_in(self, groups: Groups) -> None:
+        """Between steps, where nothing is sharded: have collectives span other groups from now on."""
+        assert not self.zero.optimizer
+        self.groups = groups
+        for unit in self.units:
+            unit.groups = groups
+
     @property
     def at_boundary(self) -> bool:
         """Whether this micro-step is the last one before the optimizer steps."""

@@ -140,8 +140,13 @@ class _Rank:
         self.marks[step] = self._clock()
 
     def _host_phase(self, phase: Phase) -> ProcessGenerator:
-        """Issue a phase as often as it is worth playing, and charge the rest at the price of the last one."""
+        """Issue a phase as often as it is worth playing, and charge the rest at the price of the last one.
+
+        A phase that not every step has is charged with its share.
+        """
         ends: list[Mark] = []
+        if phase.every > 1:
+            self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
             for call in phase.calls:
                 yield from self._host_call(call)
@@ -149,8 +154,11 @@ class _Rank:
         left = phase.repeat - MOST_PLAYED
         if left > 0:
             self.compute.mark(lambda: self._skip(ends, left))
+        if phase.every > 1:
+            self.compute.mark(lambda: self._skip([ends[0], self._clock()], 1 / phase.every - 1))
 
-    def _skip(self, ends: list[Mark], times: int) -> None:
+    def _skip(self, ends: list[Mark], times: float) -> None:
+        """Charge what came to pass between the last two ends so many times more."""
         for name in ends[-1]:
             self._skipped[name] += times * (ends[-1][name] - ends[-2][name])
 
@@ -204,25 +212,27 @@ def axes(trace: Trace) -> tuple[str, ...]:
 # Sums that need no clock #
 
 
-def _steady(trace: Trace) -> list[tuple[Call, int]]:
-    """The calls of the steady step with how often each is made."""
+def _steady(trace: Trace) -> list[tuple[Call, float]]:
+    """The calls of the steady step with how often each is made, in the mean over steps."""
     last = trace.phases[-1].step
-    return [(call, phase.repeat) for phase in trace.phases if phase.step == last for call in phase.calls]
+    return [
+        (call, phase.repeat / phase.every) for phase in trace.phases if phase.step == last for call in phase.calls
+    ]
 
 
 def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars: bool = True) -> dict[str, int]:
-    """Bytes that the rank sends in the steady step, with or without the few-element reductions.
+    """Bytes that the rank sends in the steady step, in the mean over steps, with or without few-element reductions.
 
     Args:
         network: on which algorithms are chosen, see sim/network.py.
     """
-    sent = dict.fromkeys(axes(trace), 0)
+    sent = dict.fromkeys(axes(trace), 0.0)
     mesh = Mesh.of(trace.world)
     for call, times in _steady(trace):
         for op in trace.segments[call.segment]:
             if isinstance(op, Collective) and (scalars or not op.scalar):
                 sent[op.axis] += times * sent_bytes(op, mesh.placement(op.axis), network)
-    return sent
+    return {axis: round(nbytes) for axis, nbytes in sent.items()}
 
 
 ATTENTION_BACKWARD_SHARE = 4 / 5

@@ -268,7 +268,11 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "Adagrad": {"lr": 3e-2},
     "RMSprop": {"lr": 1e-2, "momentum": 0.5},
     "NAdam": {"lr": 1e-2},
+    "plain": {"lr": 0.1},
 }
+
+TYPES = {"plain": "SGD"}
+"""Class of an optimizer whose name in CONFIGURED is another."""
 
 
 def momentum_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -291,7 +295,7 @@ def whole_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if run.optimizer == "momentum":
         return momentum_sgd(trainable)
-    return getattr(optim, run.optimizer)(trainable, **CONFIGURED[run.optimizer])
+    return getattr(optim, TYPES.get(run.optimizer, run.optimizer))(trainable, **CONFIGURED[run.optimizer])
 
 
 def warmup(optimizer: torch.optim.Optimizer) -> Any:
@@ -341,7 +345,7 @@ def start_engine(run: Run, model: nn.Module, *, timeout_s: float = 20.0, **overr
         case "momentum":
             optimizer = momentum_sgd
         case name:
-            config["optimizer"] = {"type": name, "params": CONFIGURED[name]}
+            config["optimizer"] = {"type": TYPES.get(name, name), "params": CONFIGURED[name]}
     config.update(overrides)
     scheduler = warmup if run.schedule else None
     engine, *_ = initialize(model, config, optimizer=optimizer, lr_scheduler=scheduler, timeout_s=timeout_s)

@@ -1,0 +1,225 @@
+"""Ranks that step by themselves, against a loop in one process over as many workers."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from small_models import Outcome, Run, micro_batches, start_engine, train_alone, train_step, whole_optimizer
+from torch import Tensor, nn
+from windtunnel.collectives.zero import Zero, agreement_bytes, model_state_bytes
+from windtunnel.engine.engine import Engine
+from windtunnel.engine.redundancy import LocalUpdates
+from windtunnel.engine.world import World
+
+TOLERANCE = 1e-10
+"""float64, where means are taken in another order; Adam enlarges rounding (tests/test_zero.py)."""
+
+Parameters = dict[str, Tensor]
+
+
+# One process #
+
+
+def workers(run: Run, local: LocalUpdates, count: int) -> list[Parameters]:
+    """What `count` workers have in the end, as Stich (2019) and Douillard et al. (2023), algorithm 1, write it down."""
+    models = [run.build() for _ in range(count)]
+    optimizers = [whole_optimizer(run, model) for model in models]
+    agreed = [parameter.detach().clone() for parameter in models[0].parameters()]
+    outer = torch.optim.SGD(agreed, lr=local.outer_lr, momentum=local.outer_momentum, nesterov=True)
+    for step in range(1, run.steps + 1):
+        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            for x, y in micro_batches(run, step - 1, worker, count):
+                (model(x, y) / run.accumulation).backward()
+            if step > local.warmup_steps:
+                step_alone(run, model, optimizer)
+        if step <= local.warmup_steps:
+            step_together(run, models, optimizers)
+            agreed_now(agreed, models[0])
+        elif (step - local.warmup_steps) % local.every == 0:
+            agree(local, models, agreed, outer)
+    return [{name: p.detach() for name, p in model.named_parameters()} for model in models]
+
+
+def step_alone(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if run.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def step_together(run: Run, models: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    for same in zip(*(model.parameters() for model in models), strict=True):
+        mean = torch.stack([parameter.grad for parameter in same]).mean(0)
+        for parameter in same:
+            parameter.grad = mean.clone()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step_alone(run, model, optimizer)
+
+
+@torch.no_grad()
+def agreed_now(agreed: list[Tensor], model: nn.Module) -> None:
+    for last, parameter in zip(agreed, model.parameters(), strict=True):
+        last.copy_(parameter)
+
+
+@torch.no_grad()
+def agree(local: LocalUpdates, models: list[nn.Module], agreed: list[Tensor], outer: torch.optim.Optimizer) -> None:
+    for last, *same in zip(agreed, *(model.parameters() for model in models), strict=True):
+        mean = torch.stack(same).mean(0)
+        if local.outer == "average":
+            last.copy_(mean)
+        else:
+            last.grad = last - mean
+    if local.outer == "nesterov":
+        outer.step()
+    for model in models:
+        for last, parameter in zip(agreed, model.parameters(), strict=True):
+            parameter.copy_(last)
+
+
+@cache
+def simulated(run: Run, local: LocalUpdates, count: int) -> list[Parameters]:
+    return workers(run, local, count)
+
+
+# Many processes #
+
+
+def settings(local: LocalUpdates) -> dict[str, Any]:
+    """As the JSON has them."""
+    keys: dict[str, Any] = {"every": local.every, "outer": local.outer, "warmup_steps": local.warmup_steps}
+    if local.outer == "nesterov":
+        keys |= {"outer_lr": local.outer_lr, "outer_momentum": local.outer_momentum}
+    return {"local_updates": keys}
+
+
+def train(rank: int, world: int, run: Run, local: LocalUpdates) -> Outcome:
+    engine = start_engine(run, run.build(), **settings(local))
+    losses = [train_step(engine, run, step, rank, world) for step in range(run.steps)]
+    outcome = Outcome(losses, engine.full_parameters(), [])
+    engine.close()
+    return outcome
+
+
+def check(world: World, run: Run, local: LocalUpdates) -> None:
+    outcomes = world.run(train, run, local)
+    for outcome, wanted in zip(outcomes, simulated(run, local, world.size), strict=True):
+        for name, values in wanted.items():
+            assert float((outcome.parameters[name] - values).norm()) <= TOLERANCE * float(values.norm()), name
+
+
+OUTER = {
+    "average": LocalUpdates(every=3),
+    "nesterov": LocalUpdates(every=3, outer="nesterov"),
+    "post-local": LocalUpdates(every=2, warmup_steps=3),
+    "warm DiLoCo": LocalUpdates(every=2, outer="nesterov", outer_lr=0.5, outer_momentum=0.6, warmup_steps=2),
+    "every step": LocalUpdates(every=1, outer="nesterov"),
+}
+
+
+@pytest.mark.parametrize("choice", OUTER)
+def test_ranks_do_what_workers_in_a_loop_do(four_ranks: World, choice: str) -> None:
+    """Seven steps end between agreements: each rank is compared with its own worker."""
+    check(four_ranks, Run("tied", steps=7, clip=0.5), OUTER[choice])
+
+
+@pytest.mark.parametrize("outer", ["average", "nesterov"])
+def test_with_accumulation_and_unused_parameters(two_ranks: World, outer: Any) -> None:
+    """Of "sometimes used" a rank misses parameters that another uses: its own optimizer leaves them alone."""
+    run = Run("sometimes used", steps=6, accumulation=3)
+    check(two_ranks, run, LocalUpdates(every=2, outer=outer))
+
+
+def test_averaging_every_step_of_plain_sgd_is_synchronous_sgd(four_ranks: World) -> None:
+    """The mean of steps is the step along the mean where steps are linear in the gradient."""
+    run = Run("mlp", steps=8, optimizer="plain")
+    alone = train_alone(run)
+    for outcome in four_ranks.run(train, run, LocalUpdates(every=1)):
+        for name, wanted in alone.parameters.items():
+            assert float((outcome.parameters[name] - wanted).norm()) <= TOLERANCE * float(wanted.norm())
+
+
+# Between agreements #
+
+
+def watch(rank: int, world: int, run: Run, local: LocalUpdates) -> list[tuple[int, int, float]]:
+    """After each step: (payload elements sent, collectives of any kind so far, norm of all parameters)."""
+    engine = start_engine(run, run.build(), **settings(local))
+    seen = []
+    for step in range(run.steps):
+        train_step(engine, run, step, rank, world)
+        ledger = engine.communicator.ledger
+        sent = sum(count * entry.elements for entry, count in ledger.items() if not entry.scalar)
+        norm = sum(float(values.square().sum()) for values in engine.full_parameters().values())
+        seen.append((sent, ledger.total(), norm))
+    engine.close()
+    return seen
+
+
+def test_nothing_is_sent_between_agreements(four_ranks: World) -> None:
+    run = Run("mlp", steps=6, clip=0.5)
+    reports = four_ranks.run(watch, run, LocalUpdates(every=3))
+    for report in reports:
+        sent = [elements for elements, _, _ in report]
+        calls = [count for _, count, _ in report]
+        assert calls == [0, 0, calls[2], calls[2], calls[2], 2 * calls[2]]
+        assert sent[5] == 2 * sent[2] > 0
+    norms = [{report[step][2] for report in reports} for step in range(6)]
+    assert [len(each) for each in norms] == [4, 4, 1, 4, 4, 1]  # four copies, and one where the ranks agreed
+
+
+# Checkpoints #
+
+
+def resume(rank: int, world: int, run: Run, local: LocalUpdates, stop: int) -> float:
+    """Train to the end in one go, and again from the state after `stop` steps: the largest difference."""
+    straight = start_engine(run, run.build(), **settings(local))
+    kept: dict[str, Any] = {}
+    for step in range(run.steps):
+        if step == stop:
+            kept = keep(straight)
+        train_step(straight, run, step, rank, world)
+    again = start_engine(run, run.build(), **settings(local))
+    put(again, kept)
+    for step in range(stop, run.steps):
+        train_step(again, run, step, rank, world)
+    ours, theirs = straight.full_parameters(), again.full_parameters()
+    straight.close()
+    again.close()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def keep(engine: Engine) -> dict[str, Any]:
+    assert engine.local_updates is not None
+    state = engine.local_updates.state_dict()
+    copied = {key: {n: t.clone() for n, t in state[key].items()} for key in ("outer", "momentum")}
+    masters = [unit.master.clone() for unit in engine.runtime.units]
+    return {"local": {**copied, "steps": state["steps"]}, "masters": masters}
+
+
+def put(engine: Engine, kept: dict[str, Any]) -> None:
+    assert engine.local_updates is not None
+    for unit, values in zip(engine.runtime.units, kept["masters"], strict=True):
+        unit.master.copy_(values)
+    engine.local_updates.load_state_dict(kept["local"])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_outer_state_survives_a_restart(two_ranks: World, stop: int) -> None:
+    """Plain SGD inside, which has no state of its own: stopped in the warm-up, before the first agreement, after it."""
+    local = LocalUpdates(every=2, outer="nesterov", warmup_steps=2)
+    assert two_ranks.run(resume, Run("mlp", steps=8, optimizer="plain"), local, stop) == [0.0, 0.0]
+
+
+# Memory, and what is refused #
+
+
+def test_state_dict_is_refused_for_another_model() -> None:
+    engine = start_engine(run := Run("mlp"), run.build(), **settings(OUTER["nesterov"]))
+    assert engine.local_updates is not None
+    state = engine.local_updates.state_dict()
+    del state["outer"]["layers.0.bias"]
+    with pytest.raises(ValueError, match=r"outer state: layers\.0\.bias is missing"):
+        engine.local_updates.load_state_dict(state)
