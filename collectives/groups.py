@@ -1,4 +1,4 @@
-"""Which ranks form which groups: a mesh of named axes over consecutive ranks, and the network as a strided group sees it.
+"""Which ranks form which groups: a mesh of named axes over the ranks, and the network as a strided group sees it.
 
 The innermost axis joins neighbours, so it lies inside a node where a node is large enough; the ranks of an outer axis
 are as far apart as the axes inside it are large.
@@ -17,7 +17,7 @@ JOINED = "*"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How the groups of an axis lie among `world` ranks: each has `size` ranks, `stride` apart, and they all work at once.
+    """How the groups of an axis lie among `world` ranks: `size` ranks each, `stride` apart, all at work at once.
 
     The groups are blocks of size * stride consecutive ranks, each block `stride` groups side by side.
     """
@@ -130,14 +130,13 @@ def tiers_along(placement: Placement, tiers: Tiers) -> tuple[Tier, ...]:
     seen, block = [], 1
     for tier in tiers:
         for part in (placement.stride, placement.span):
-            if part < placement.world and tier.ranks < placement.world and max(part, tier.ranks) % min(part, tier.ranks):
+            joined = tier.ranks < placement.world and part < placement.world
+            if joined and max(part, tier.ranks) % min(part, tier.ranks):
                 raise ValueError(
                     f"groups of {part} consecutive ranks straddle {tier.name!r} blocks of {tier.ranks};"
                     " allowed: a divisor or a multiple of that"
                 )
         shared = min(placement.stride, block)
-        seen.append(
-            replace(tier, ranks=max(1, tier.ranks // placement.stride), bytes_per_s=tier.bytes_per_s / shared)
-        )
+        seen.append(replace(tier, ranks=max(1, tier.ranks // placement.stride), bytes_per_s=tier.bytes_per_s / shared))
         block = tier.ranks
     return tuple(seen)

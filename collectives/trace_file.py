@@ -31,8 +31,7 @@ def loads(text: str) -> Trace:
             blocks=data["blocks"],
             segments=tuple(tuple(_op(op) for op in segment) for segment in data["segments"]),
             phases=tuple(
-                Phase(**{**phase, "calls": tuple(Call(*call) for call in phase["calls"])})
-                for phase in data["phases"]
+                Phase(**{**phase, "calls": tuple(Call(*call) for call in phase["calls"])}) for phase in data["phases"]
             ),
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

@@ -124,8 +124,8 @@ def secondary_bytes_per_step(
 def agreement_bytes(units: Iterable[UnitSize], ranks: int, value_bytes: int) -> int:
     """Payload that each rank sends when ranks that step by themselves agree, once in H steps: 2 P (n-1)/n values.
 
-    Parameters of `value_bytes` bytes in Local SGD (Stich 2019, algorithm 1), how far they have come in DiLoCo (Douillard
-    et al. 2023, algorithm 1, line 12): a mean over the ranks either way, and no gradients besides.
+    Parameters of `value_bytes` bytes in Local SGD (Stich 2019, algorithm 1), how far they have come in DiLoCo
+    (Douillard et al. 2023, algorithm 1): a mean over the ranks either way, and no gradients besides.
     """
     return sum(2 * (unit.elements // ranks) * (ranks - 1) * value_bytes for unit in units if unit.trainable)
 

@@ -267,7 +267,7 @@ class Config:
     optimizer: OptimizerSection | None
     seed: int
     formats: Precision = field(default_factory=Precision)
-    redundancy: Redundancy = Redundancy()
+    redundancy: Redundancy = field(default_factory=Redundancy)
     compression: Compression = Compression()
     communication: Communication = Communication()
     buffers: Buffers = Buffers()
@@ -392,8 +392,8 @@ def _redundancy(keys: Json, ranks: int, where: str) -> Redundancy:
     zero, local = keys.zero_optimization, keys.local_updates
     if local is not None and local.outer == "average" and _compression(keys, where).gradients is not None:
         raise ValueError(
-            f"{where}: local_updates.outer = 'average' sends parameters and no gradients, so a scheme for gradients would"
-            " round them; allowed: outer = 'nesterov', or no compression"
+            f"{where}: local_updates.outer = 'average' sends parameters and no gradients, so a scheme for gradients"
+            " would round them; allowed: outer = 'nesterov', or no compression"
         )
     try:
         return resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)

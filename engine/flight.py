@@ -25,7 +25,6 @@ from .pilot import Plan
 from .recorder import Address, Recorder
 from .sim_device import register
 
-
 NOT_FLOWN = 1 << 30
 """A step that no flight gets to."""
 

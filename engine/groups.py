@@ -19,12 +19,14 @@ class Groups:
         shard: ranks that together hold one copy of what is sharded: gathers, reduce-scatters, sums over shards.
         replica: ranks that hold the same shard: reduced gradients are summed over them.
         secondary: ranks that together hold the second copy of the parameters; a group of one where there is none.
+        others: that compressed collectives of these are made of.
     """
 
     everyone: Communicator
     shard: Communicator
     replica: Communicator
     secondary: Communicator
+    others: tuple[Communicator, ...] = ()
 
     @classmethod
     def whole(cls, everyone: Communicator) -> "Groups":
@@ -38,7 +40,7 @@ class Groups:
 
     def each(self) -> tuple[Communicator, ...]:
         """The communicators, each once."""
-        return tuple(dict.fromkeys((self.everyone, self.shard, self.replica, self.secondary)))
+        return tuple(dict.fromkeys((self.everyone, self.shard, self.replica, self.secondary, *self.others)))
 
     @contextmanager
     def uncompressed(self) -> Iterator[None]:
@@ -68,13 +70,12 @@ def groups_for(communicator: Communicator, settings: Config) -> Groups:
     if len(mesh.axes) == 1:
         return Groups.whole(compressed(communicator, settings.compression, settings.seed))
     (inner, _), (outer, _) = mesh.axes
-    near = _along(communicator, mesh, inner, settings.communication)
-    far = _along(communicator, mesh, outer, settings.communication)
+    near, far = (_along(communicator, mesh, axis, settings.communication) for axis in (inner, outer))
     communicator.axis = f"{inner}*{outer}"
     if settings.redundancy.secondary_ranks > 1:
         # What was gathered for forward has been rounded already; what backward gathers of it goes as it is.
         whole = compressed(communicator, settings.compression, settings.seed, NodeGrid(near, far))
-        return Groups(whole, whole, _alone(communicator), near)
+        return Groups(whole, whole, _alone(communicator), near, (far,))
     shard, replica = (compressed(group, settings.compression, settings.seed) for group in (near, far))
     return Groups(communicator, shard, replica, _alone(communicator))
 

@@ -108,8 +108,8 @@ def _problems(mics: int, hpz: int, local: LocalUpdates | None, stage: int, ranks
         yield from _uneven("zero_optimization.zero_hpz_partition_size", hpz, ranks, ", where 1 means none")
         if stage != 3:
             yield (
-                f"zero_optimization.zero_hpz_partition_size = {hpz} and zero_optimization.stage = {stage}, which gathers"
-                " nothing for backward; allowed: stage 3"
+                f"zero_optimization.zero_hpz_partition_size = {hpz} and zero_optimization.stage = {stage}, which"
+                " gathers nothing for backward; allowed: stage 3"
             )
         if mics != OFF:
             yield (
@@ -118,8 +118,8 @@ def _problems(mics: int, hpz: int, local: LocalUpdates | None, stage: int, ranks
             )
     if local is not None and stage != 0:
         yield (
-            f"local_updates with zero_optimization.stage = {stage}: a shard is stepped for all ranks by one of them, but"
-            " ranks that step on gradients of their own have nothing in common to shard; allowed: stage 0"
+            f"local_updates with zero_optimization.stage = {stage}: a shard is stepped for all ranks by one of them,"
+            " but ranks that step on gradients of their own have nothing in common to shard; allowed: stage 0"
         )
 
 
@@ -128,6 +128,6 @@ def _uneven(name: str, size: int, ranks: int, besides: str) -> Iterator[str]:
         count = max(1, ranks // max(1, size))
         divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
         yield (
-            f"{name} = {size} does not divide the ranks: {size} * {count} = {size * count}, but there are {ranks} ranks;"
-            f" allowed: {divisors}{besides}"
+            f"{name} = {size} does not divide the ranks: {size} * {count} = {size * count}, but there are {ranks}"
+            f" ranks; allowed: {divisors}{besides}"
         )

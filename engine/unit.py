@@ -1,6 +1,6 @@
 """A flat unit: parameters that are gathered, reduced, stepped and freed together.
 
-They lie end to end in one buffer, padded to a multiple of the ranks that share it; each `Parameter` object is kept and becomes a view
+They lie end to end in one buffer, padded to a multiple of the ranks; each `Parameter` object is kept and becomes a view
 of it. Memory is freed by resizing the storage: views, and what autograd saved of them, stay valid for the next gather.
 """
 

@@ -215,9 +215,7 @@ def axes(trace: Trace) -> tuple[str, ...]:
 def _steady(trace: Trace) -> list[tuple[Call, float]]:
     """The calls of the steady step with how often each is made, in the mean over steps."""
     last = trace.phases[-1].step
-    return [
-        (call, phase.repeat / phase.every) for phase in trace.phases if phase.step == last for call in phase.calls
-    ]
+    return [(call, phase.repeat / phase.every) for phase in trace.phases if phase.step == last for call in phase.calls]
 
 
 def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars: bool = True) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Ranks that step by themselves, against a loop in one process over as many workers."""
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from small_models import Outcome, Run, micro_batches, start_engine, train_alone, train_step, whole_optimizer
 from torch import Tensor, nn
-from windtunnel.collectives.zero import Zero, agreement_bytes, model_state_bytes
 from windtunnel.engine.engine import Engine
 from windtunnel.engine.redundancy import LocalUpdates
 from windtunnel.engine.world import World
