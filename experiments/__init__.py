@@ -19,6 +19,7 @@ what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture
 reproduce    published tables and figures made again
+redundancy   ranks that agree always, now and then, never: how far they drift, and what it costs
 curves       bus bandwidth of all-reduce against size: priced, published, measured here
 timing       measures them, on all ranks at once
 primitives   which operators, products and modules are measured

@@ -50,6 +50,9 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     ),
     "what_if": Reproduction("what one key of the config costs or saves, on a reference job", "what_if"),
     "choices": Reproduction("which all-reduce is the fastest, by size and number of GPUs", "choices"),
+    "redundancy": Reproduction(
+        "copies that step by themselves and agree always, now and then, or never: distance, loss, bytes", "redundancy"
+    ),
 }
 
 

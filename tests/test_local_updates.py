@@ -7,9 +7,16 @@ import pytest
 import torch
 from small_models import Outcome, Run, micro_batches, start_engine, train_alone, train_step, whole_optimizer
 from torch import Tensor, nn
+from windtunnel.collectives.ring import RING
+from windtunnel.collectives.zero import UnitSize, Zero, agreement_bytes, model_state_bytes, padded
+from windtunnel.engine.config import Config
 from windtunnel.engine.engine import Engine
+from windtunnel.engine.gloo import GlooCommunicator
 from windtunnel.engine.redundancy import LocalUpdates
+from windtunnel.engine.sockets import framing_bytes
+from windtunnel.engine.wire import written_bytes
 from windtunnel.engine.world import World
+from windtunnel.experiments.ranks import live_bytes
 
 TOLERANCE = 1e-10
 """float64, where means are taken in another order; Adam enlarges rounding (tests/test_zero.py)."""
@@ -156,6 +163,11 @@ def watch(rank: int, world: int, run: Run, local: LocalUpdates) -> list[tuple[in
     return seen
 
 
+def units_of(run: Run, ranks: int) -> list[UnitSize]:
+    """All parameters of the MLP, whose odd layers lie in one unit."""
+    return [UnitSize(elements=padded(sum(p.numel() for p in run.build().parameters()), ranks), element_bytes=8)]
+
+
 def test_nothing_is_sent_between_agreements(four_ranks: World) -> None:
     run = Run("mlp", steps=6, clip=0.5)
     reports = four_ranks.run(watch, run, LocalUpdates(every=3))
@@ -164,8 +176,45 @@ def test_nothing_is_sent_between_agreements(four_ranks: World) -> None:
         calls = [count for _, count, _ in report]
         assert calls == [0, 0, calls[2], calls[2], calls[2], 2 * calls[2]]
         assert sent[5] == 2 * sent[2] > 0
+    assert 2 * sent[2] * 3 // 4 * 8 == agreement_bytes(units_of(run, 4), 4, 8)
     norms = [{report[step][2] for report in reports} for step in range(6)]
     assert [len(each) for each in norms] == [4, 4, 1, 4, 4, 1]  # four copies, and one where the ranks agreed
+
+
+def account(rank: int, world: int, run: Run, local: LocalUpdates) -> tuple[int, int, int, int]:
+    """(formula, kernel) of the payload of one agreement, and (formula, walk over storages) of the model states."""
+    before = live_bytes()
+    model = run.build()
+    over_sockets = {"transport": "sockets", "algorithms": dict.fromkeys(RING, "ring")}
+    engine = start_engine(run, model, **settings(local), communication=over_sockets)
+    communicator = engine.communicator
+    assert isinstance(communicator, GlooCommunicator)
+    train_step(engine, run, 0, rank, world)
+    train_step(engine, run, 1, rank, world)
+    communicator.ledger.clear()
+    written = written_bytes()
+    train_step(engine, run, 2, rank, world)
+    train_step(engine, run, 3, rank, world)
+    written = written_bytes() - written
+    for entry, count in communicator.ledger.items():
+        written -= count * framing_bytes(communicator.steps(entry))
+    communicator.release_buffers()
+    kept = live_bytes() - before
+    units = [unit.size for unit in engine.runtime.units]
+    outer = 2 if local.outer == "nesterov" else 0
+    state = model_state_bytes(units, Zero.of_stage(0), 1, moments=2, master_bytes=8, outer_values=outer)
+    engine.close()
+    return agreement_bytes(units, world, 8), written, sum(state.values()), kept
+
+
+@pytest.mark.parametrize("outer", ["average", "nesterov"])
+def test_bytes_and_memory(four_ranks: World, outer: Any) -> None:
+    """Two steps, one agreement: exactly what the formulas say, by the kernel's counter and a walk over storages."""
+    for payload, written, state, kept in four_ranks.run(
+        account, Run("mlp", steps=4), LocalUpdates(every=2, outer=outer)
+    ):
+        assert written == payload > 0
+        assert kept == state
 
 
 # Checkpoints #
@@ -211,7 +260,24 @@ def test_outer_state_survives_a_restart(two_ranks: World, stop: int) -> None:
     assert two_ranks.run(resume, Run("mlp", steps=8, optimizer="plain"), local, stop) == [0.0, 0.0]
 
 
-# Memory, and what is refused #
+# What is refused #
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"local_updates": {"every": 0}}, "every = 0; allowed: an integer >= 1"),
+        ({"local_updates": {}}, "every"),
+        ({"local_updates": {"every": 2, "outer": "adam"}}, "outer"),
+        ({"local_updates": {"every": 2, "outer_lr": 0.5}}, "belong to outer = 'nesterov'"),
+        ({"local_updates": {"every": 2, "outer": "nesterov", "outer_momentum": 1.0}}, "outer_momentum = 1.0"),
+        ({"local_updates": {"every": 2}, "zero_optimization": {"stage": 1}}, "stage = 1: a shard is stepped for all"),
+        ({"local_updates": {"every": 2}, "communication_data_type": "bf16"}, "sends parameters and no gradients"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config.read(keys, 4)
 
 
 def test_state_dict_is_refused_for_another_model() -> None:
