@@ -4,8 +4,8 @@
 
 "Every rank keeps a full copy, updates it from its own gradients and never communicates" trains as many models as there
 are ranks: they drift apart, and their mean is worse than any of them. Local SGD and DiLoCo keep nearly all of the
-saved traffic and lose little. Writes OUT/redundancy.csv (one row per run and observation) and OUT/redundancy.png; OUT is
-out/redundancy if not given. Takes a minute or two.
+saved traffic and lose little. Writes OUT/redundancy.csv (one row per run and observation) and OUT/redundancy.png; OUT
+is out/redundancy if not given. Takes minutes.
 """
 
 import sys
@@ -102,7 +102,8 @@ def _look(case: Case, engine: Engine, judge: Transformer, held_out: Sequence[Any
     mean = {name: _mean(engine, values) for name, values in own.items()}
     off = sum((own[name] - mean[name]).double().square().sum() for name in own)
     size = sum(values.double().square().sum() for values in mean.values())
-    assert isinstance(off, Tensor) and isinstance(size, Tensor)
+    assert isinstance(off, Tensor)
+    assert isinstance(size, Tensor)
     distance = (_mean(engine, off) / size).sqrt()
     rank, world = engine.communicator.rank, engine.communicator.world
     mean_loss = _mean(engine, _loss(judge, mean, held_out[rank % len(held_out) :: world]))
@@ -175,7 +176,7 @@ COLOURS = ("#1f2933", "#2b6f8f", "#3f8f5f", "#c8553d")
 
 
 def plot_looks(looks: Sequence[Look], path: Path) -> Path:
-    """Distance between the ranks, and the loss of their mean (solid) and of their own models (dotted), against steps."""
+    """How far ranks are from their mean, and the loss of that mean (solid) and of their own models (dotted)."""
     from matplotlib import pyplot
 
     from .plots import STYLE, save  # matplotlib loads slowly
