@@ -87,10 +87,10 @@ def shard_group_bytes_per_step(
 ) -> dict[str, int]:
     """The same by axis where states are sharded over `shard_ranks` ranks and replicated `replicas` times.
 
-    Zhang et al., "MiCS: Near-linear Scaling for Training Gigantic Model on Public Cloud" (VLDB 2022), sections 3.1 and
-    3.4: inside a group all is as ZeRO has it over s ranks. Between the r replicas of a shard of P / s elements its
-    gradient is summed once per step (the second hop), whatever the number of micro-steps: 2 P / s (r-1)/r. Units are
-    padded to a multiple of s * r.
+    Zhang et al., "MiCS: Near-linear Scaling for Training Gigantic Model on Public Cloud" (VLDB 2022), scale-aware model
+    partitioning and 2-hop gradient synchronization: inside a group all is as ZeRO has it over s ranks. Between the r
+    replicas of a shard of P / s elements its gradient is summed once per step (the second hop), whatever the number of
+    micro-steps: 2 P / s (r-1)/r. Units are padded to a multiple of s * r.
     """
     units = list(units)
     between = sum(

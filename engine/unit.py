@@ -277,8 +277,8 @@ class FlatUnit:
     def reduce_between_replicas(self) -> Handle:
         """Start to sum the gradient shard over the ranks that have the same one: the second hop of two.
 
-        Once per step: the sums of a step's micro-steps are summed as well as each of them (Zhang et al. 2022, MiCS,
-        section 3.4).
+        Once per step: the sums of a step's micro-steps are summed as well as each of them (Zhang et al. 2022, MiCS:
+        2-hop gradient synchronization).
         """
         if not self.zero.optimizer:
             return DONE

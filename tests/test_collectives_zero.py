@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.program import chunk_bounds, sent_elements
 from windtunnel.collectives.ring import RING
-from windtunnel.collectives.zero import UnitSize, Zero, model_state_bytes, padded, sent_bytes_per_step
+from windtunnel.collectives.zero import (
+    UnitSize,
+    Zero,
+    agreement_bytes,
+    model_state_bytes,
+    padded,
+    secondary_bytes_per_step,
+    sent_bytes_per_step,
+    shard_group_bytes_per_step,
+)
 
 STAGES = st.sampled_from(range(4)).map(Zero.of_stage)
 
@@ -56,6 +65,42 @@ def test_traffic_equals_that_of_the_rings(stage: int, collectives: list[str], ra
     sent = sum(sent_elements(RING[kind].program(0, ranks), bounds) for kind in collectives)
     unit = UnitSize(elements=shard * ranks, element_bytes=1)
     assert sent_bytes_per_step([unit], Zero.of_stage(stage), ranks, 3) == sent
+
+
+@given(
+    stage=st.integers(1, 3), shards=st.integers(1, 16), replicas=st.integers(1, 16), micro_steps=st.integers(1, 9),
+    part=st.integers(1, 999),
+)  # fmt: skip
+def test_traffic_of_shard_groups(stage: int, shards: int, replicas: int, micro_steps: int, part: int) -> None:
+    """ZeRO over s ranks inside; outside 2 (r - 1)/r of P / s once per step, which is all of it where s = 1."""
+    unit, zero = UnitSize(elements=part * shards * replicas, element_bytes=2), Zero.of_stage(stage)
+    sent = shard_group_bytes_per_step([unit], zero, shards, replicas, micro_steps)
+    assert sent["shard"] == sent_bytes_per_step([unit], zero, shards, micro_steps)
+    assert sent["replica"] * replicas * shards == 2 * unit.elements * 2 * (replicas - 1)
+    if shards == 1:
+        assert sent == {"shard": 0, "replica": sent_bytes_per_step([unit], Zero(), replicas, micro_steps)}
+
+
+@given(inside=st.integers(1, 8), nodes=st.integers(1, 8), micro_steps=st.integers(1, 9), persistent=st.booleans())
+def test_traffic_of_second_shards(inside: int, nodes: int, micro_steps: int, persistent: bool) -> None:
+    """A round of three moves inside, unless parameters stay whole anyway."""
+    ranks = inside * nodes
+    unit = UnitSize(elements=12 * ranks, element_bytes=2, persistent=persistent)
+    sent = secondary_bytes_per_step([unit], ranks, inside, micro_steps)
+    plain = sent_bytes_per_step([unit], Zero.of_stage(3), ranks, micro_steps)
+    moved = 0 if persistent else micro_steps * 24
+    assert sent == {"inside": moved * nodes * (inside - 1), "inside*across": plain - moved * (ranks - 1)}
+    state = model_state_bytes(
+        [unit], Zero.of_stage(3), ranks, moments=2, master_bytes=4, secondary_ranks=max(2, inside)
+    )
+    without = model_state_bytes([unit], Zero.of_stage(3), ranks, moments=2, master_bytes=4)
+    more = 0 if persistent else 12 * ranks // max(2, inside) * 2
+    assert state["parameters"] - without["parameters"] == more
+
+
+def test_an_agreement_costs_an_all_reduce_of_what_is_trained() -> None:
+    units = [UnitSize(elements=80, element_bytes=2), UnitSize(elements=80, element_bytes=2, trainable=False)]
+    assert agreement_bytes(units, 8, 4) == 2 * 70 * 4
 
 
 def test_frozen_units_are_gathered_and_nothing_else() -> None:
