@@ -73,7 +73,9 @@ class ZeroSection:
         stage3_max_live_parameters: gathered elements beyond which nothing is gathered ahead.
         stage3_prefetch_bucket_size: elements that may be on their way ahead of their use; 0 gathers nothing ahead.
         stage3_param_persistence_threshold: parameters with fewer elements stay whole on every rank.
-        mics_shard_size, zero_hpz_partition_size: what is kept more than once, see engine/redundancy.py.
+        mics_shard_size: states are sharded over so many consecutive ranks and replicated across (MiCS); -1: over all.
+        zero_hpz_partition_size: so many consecutive ranks keep the parameters a second time, for backward (ZeRO++'s
+            hpZ); 1: none do.
     """
 
     __pydantic_config__ = STRICT
@@ -85,7 +87,6 @@ class ZeroSection:
     zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
     mics_shard_size: int = OFF
-    mics_hierarchical_params_gather: bool = False
     zero_hpz_partition_size: int = 1
 
     def __post_init__(self) -> None:
@@ -95,11 +96,6 @@ class ZeroSection:
             value = getattr(self, name)
             if value is not None and (value < least or value != int(value)):
                 raise ValueError(f"{name} = {value:g}; allowed: an integer >= {least}, in elements")
-        if self.mics_hierarchical_params_gather:
-            raise ValueError(
-                "mics_hierarchical_params_gather = true is not available; allowed: false, and a gather over several"
-                " nodes goes by tiers with communication.algorithms = {'all_gather': 'hierarchical/GPUSxNODES'}"
-            )
 
     def buffers(self) -> "Buffers":
         return Buffers(

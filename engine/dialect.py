@@ -24,6 +24,9 @@ class Always:
 
 
 ALWAYS: dict[str, Always] = {
+    "zero_optimization.mics_hierarchical_params_gather": Always(
+        "communication.algorithms can gather by tiers: all_gather = hierarchical/GPUSxNODES", (False,)
+    ),
     "memory_breakdown": Always("windtunnel simulate shows where the memory goes", (False,)),
     "dump_state": Always("engine.settings shows the configuration as resolved", (False,)),
     "prescale_gradients": Always("a gradient is divided by ranks and micro-steps where it enters its unit's buffer"),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compressed import uncompressed
 from .unit import FlatUnit
 from .zero import ZeroRuntime
 
@@ -75,9 +74,9 @@ def GatheredParameters(  # noqa: N802  (as above)
     if not enabled or not units:
         yield
         return
-    _check_rank(modifier_rank, units[0].communicator.world)
+    _check_rank(modifier_rank, units[0].groups.everyone.world)
     for unit in units:
-        with uncompressed(unit.communicator):
+        with unit.groups.uncompressed():
             unit.gather()
             unit.arrive()
     try:
@@ -97,6 +96,6 @@ def _check_rank(rank: int | None, world: int) -> None:
 
 def _spread(unit: FlatUnit, root: int) -> None:
     """One rank's values of a unit to all ranks, to train on."""
-    with uncompressed(unit.communicator), torch.no_grad():
-        unit.communicator.broadcast(unit.full, f"parameters set in {unit.label}", root).wait()
+    with unit.groups.uncompressed(), torch.no_grad():
+        unit.groups.everyone.broadcast(unit.full, f"parameters set in {unit.label}", root).wait()
     unit.adopt()

@@ -15,7 +15,8 @@ class Groups:
     """What each collective of a data-parallel engine spans. Where nothing is kept twice, `shard` is `everyone`.
 
     Attributes:
-        everyone: all ranks that train on samples of their own: initial values, flags.
+        everyone: all ranks that train on samples of their own: initial values.
+        together: ranks whose gradients make one step: the mean, flags. All of them, or each by itself.
         shard: ranks that together hold one copy of what is sharded: gathers, reduce-scatters, sums over shards.
         replica: ranks that hold the same shard: reduced gradients are summed over them.
         secondary: ranks that together hold the second copy of the parameters; a group of one where there is none.
@@ -23,6 +24,7 @@ class Groups:
     """
 
     everyone: Communicator
+    together: Communicator
     shard: Communicator
     replica: Communicator
     secondary: Communicator
@@ -31,16 +33,19 @@ class Groups:
     @classmethod
     def whole(cls, everyone: Communicator) -> "Groups":
         """Nothing is kept twice."""
-        return cls(everyone, everyone, _alone(everyone), _alone(everyone))
+        return cls(everyone, everyone, everyone, _alone(everyone), _alone(everyone))
 
     @classmethod
     def apart(cls, everyone: Communicator) -> "Groups":
-        """Every rank by itself: nobody sends anything."""
-        return cls.whole(_alone(everyone))
+        """Every rank steps by itself."""
+        alone = _alone(everyone)
+        return cls(everyone, alone, alone, alone, alone)
 
     def each(self) -> tuple[Communicator, ...]:
         """The communicators, each once."""
-        return tuple(dict.fromkeys((self.everyone, self.shard, self.replica, self.secondary, *self.others)))
+        return tuple(
+            dict.fromkeys((self.everyone, self.together, self.shard, self.replica, self.secondary, *self.others))
+        )
 
     @contextmanager
     def uncompressed(self) -> Iterator[None]:
@@ -75,9 +80,9 @@ def groups_for(communicator: Communicator, settings: Config) -> Groups:
     if settings.redundancy.secondary_ranks > 1:
         # What was gathered for forward has been rounded already; what backward gathers of it goes as it is.
         whole = compressed(communicator, settings.compression, settings.seed, NodeGrid(near, far))
-        return Groups(whole, whole, _alone(communicator), near, (far,))
+        return Groups(whole, whole, whole, _alone(communicator), near, (far,))
     shard, replica = (compressed(group, settings.compression, settings.seed) for group in (near, far))
-    return Groups(communicator, shard, replica, _alone(communicator))
+    return Groups(communicator, communicator, shard, replica, _alone(communicator))
 
 
 def _along(communicator: Communicator, mesh: Mesh, axis: str, wishes: Communication) -> Communicator:

@@ -24,7 +24,8 @@ class LocalUpdates:
         outer: "average" replaces the parameters by their mean over the ranks (Local SGD, Stich 2019); "nesterov" takes
             the mean of how far the ranks have come since the last agreement for a gradient, and makes a step of SGD
             with Nesterov momentum from there (DiLoCo, Douillard et al. 2023, algorithm 1).
-        outer_lr, outer_momentum: of that step; DiLoCo's own values by default (section 3).
+        outer_lr: of that step; DiLoCo's own value by default (section 3).
+        outer_momentum: of that step; DiLoCo's own value by default.
         warmup_steps: so many synchronous steps come first (post-local SGD, Lin et al. 2020).
     """
 

@@ -90,8 +90,8 @@ class ZeroRuntime:
 
     @property
     def communicator(self) -> Communicator:
-        """All ranks."""
-        return self.groups.everyone
+        """The ranks whose gradients make one step."""
+        return self.groups.together
 
     def work_in(self, groups: Groups) -> None:
         """Between steps, where nothing is sharded: have collectives span other groups from now on."""

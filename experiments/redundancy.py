@@ -3,8 +3,8 @@
     python -m windtunnel.experiments.redundancy [OUT]
 
 "Every rank keeps a full copy, updates it from its own gradients and never communicates" trains as many models as there
-are ranks: they drift apart, and their mean is worse than any of them. Local SGD and DiLoCo keep nearly all of the
-saved traffic and lose little. Writes OUT/redundancy.csv (one row per run and observation) and OUT/redundancy.png; OUT
+are ranks, each on a share of the text: they drift apart, and no step brings them together. Local SGD and DiLoCo keep
+nearly all of the saved traffic, and the ranks stay one model. Writes OUT/redundancy.csv (one row per run and observation) and OUT/redundancy.png; OUT
 is out/redundancy if not given. Takes minutes.
 """
 
@@ -30,11 +30,11 @@ from .samples import share
 from .transformer import Transformer, initialize_weights
 
 RANKS = 4
-STEPS = 120
+STEPS = 240
 EVERY = 20
 """Steps between agreements."""
-LOOK_EVERY = 10
-LEARNING_RATE = 1e-3
+LOOK_EVERY = 30
+LEARNING_RATE = 3e-3
 HELD_OUT = RANKS
 """Batches of windows of the text that training does not draw."""
 NEVER = 1 << 30
