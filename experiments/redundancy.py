@@ -4,8 +4,8 @@
 
 "Every rank keeps a full copy, updates it from its own gradients and never communicates" trains as many models as there
 are ranks, each on a share of the text: they drift apart, and no step brings them together. Local SGD and DiLoCo keep
-nearly all of the saved traffic, and the ranks stay one model. Writes OUT/redundancy.csv (one row per run and observation) and OUT/redundancy.png; OUT
-is out/redundancy if not given. Takes minutes.
+nearly all of the saved traffic, and the ranks stay one model. Writes OUT/redundancy.csv (one row per run and
+observation) and OUT/redundancy.png; OUT is out/redundancy if not given. Takes minutes.
 """
 
 import sys
@@ -30,11 +30,11 @@ from .samples import share
 from .transformer import Transformer, initialize_weights
 
 RANKS = 4
-STEPS = 240
+STEPS = 120
 EVERY = 20
 """Steps between agreements."""
-LOOK_EVERY = 30
-LEARNING_RATE = 3e-3
+LOOK_EVERY = 10
+LEARNING_RATE = 1e-3
 HELD_OUT = RANKS
 """Batches of windows of the text that training does not draw."""
 NEVER = 1 << 30
@@ -188,8 +188,9 @@ def plot_looks(looks: Sequence[Look], path: Path) -> Path:
             mine = [look for look in looks if look.run == run]
             steps = [look.step for look in mine]
             apart.plot(steps, [100 * look.distance for look in mine], color=colour, lw=2, label=run)
-            loss.plot(steps, [look.mean_loss for look in mine], color=colour, lw=2, label=run)
-            loss.plot(steps, [look.own_loss for look in mine], ":", color=colour, lw=1.6)
+            # Without the first look, whose loss is that of no training at all.
+            loss.plot(steps[1:], [look.mean_loss for look in mine[1:]], color=colour, lw=2, label=run)
+            loss.plot(steps[1:], [look.own_loss for look in mine[1:]], ":", color=colour, lw=1.6)
         apart.set(xlabel="step", ylabel="distance of a rank from the mean, %", title="How far the copies drift apart")
         apart.legend(frameon=False)
         loss.set(xlabel="step", ylabel="held-out loss", title="The mean model (solid), a rank's own (dotted)")

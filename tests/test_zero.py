@@ -157,7 +157,7 @@ def publish_nothing(unit: FlatUnit) -> None:
     pass
 
 
-def gather_nothing(unit: FlatUnit) -> None:
+def gather_nothing(unit: FlatUnit, *, again: bool = False) -> None:
     """Only the own shard arrives; zeros stand for what the others should have sent."""
     if unit.residency is Residency.SHARDED:
         start, stop = unit.bounds
