@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 
+import torch
+from torch import Tensor
+
 from ..collectives.groups import Mesh, tiers_along
 from .communicator import Communicator, SoloCommunicator
 from .compressed import NodeGrid, compressed, uncompressed
@@ -46,6 +49,12 @@ class Groups:
         return tuple(
             dict.fromkeys((self.everyone, self.together, self.shard, self.replica, self.secondary, *self.others))
         )
+
+    def overflow(self) -> Tensor | None:
+        """Whether a collective of gradients made inf or nan of what it sent: a flag on the device [], of this rank."""
+        flags = [group.overflow() for group in dict.fromkeys((self.together, self.shard, self.replica))]
+        known = [flag for flag in flags if flag is not None]
+        return torch.stack(known).any() if known else None
 
     @contextmanager
     def uncompressed(self) -> Iterator[None]:

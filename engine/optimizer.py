@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .communicator import Communicator
 from .loss_scale import LossScaler
 from .optim import FUSED, Lamb, check_shardable
 from .unit import FlatUnit
@@ -81,7 +80,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         check_shardable(pattern)
         self.runtime, self.clip, self.scaler = runtime, clip, scaler
         self.kind, self.overflow = type(pattern), False
-        self.communicator: Communicator = runtime.communicator
         self.gradient_norm: float | None = None
         self.units = [unit for unit in runtime.units if unit.trainable]
         self._pieces = {
@@ -162,7 +160,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         needed = self.clip > 0 or self.scaler.policy.skip
         squares = self._sum_of_squares() if needed else self._scalar(0.0)
         both = torch.stack([squares, self._scalar(float(self.runtime.missing))])
-        self.communicator.all_reduce(both, "gradient check", scalar=True).wait()
+        self.runtime.communicator.all_reduce(both, "gradient check", scalar=True).wait()
         self.runtime.observer.synchronized()
         # In a flight every parameter is used.
         total, missed = (SOME_NORM**2, 0.0) if both.device.type == "sim" else both.tolist()
@@ -173,16 +171,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _sum_of_squares(self) -> Tensor:
         """This rank's part of the squared global norm, a scalar; not finite if a gradient here is not.
 
-        Gradients that are everywhere count on each rank as its share of them.
+        Gradients that several ranks have count on each of them as its share.
         """
         squares = self._scalar(0.0)
         for unit in self.units:
             self._enter("norm", unit)
             squares += torch.linalg.vector_norm(unit.gradient_shard, dtype=squares.dtype).square()
         self.runtime.observer.enter("norm.end", -1)
-        if not self.runtime.zero.optimizer:
-            squares /= self.communicator.world
-        lost = self.communicator.overflow()
+        groups = self.runtime.groups
+        squares /= groups.replica.world if self.runtime.zero.optimizer else groups.together.world
+        lost = groups.overflow()
         return squares if lost is None else torch.where(lost, math.inf, squares)
 
     def _scalar(self, value: float) -> Tensor:
@@ -202,7 +200,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.runtime.drop_step()
         before = self.scaler.scale
         self.scaler.update(overflow=True)
-        if self.communicator.rank == 0:
+        if self.runtime.communicator.rank == 0:
             log.warning(
                 "step skipped: a gradient is inf or nan at loss scale %g; the next scale is %g",
                 before,
@@ -219,7 +217,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         rows = {piece.parameter: mine[id(tensor)] for piece, tensor in self._pieces[unit] if id(tensor) in mine}
         nothing = torch.zeros(2, dtype=unit.master.dtype, device=unit.master.device)
         whole = torch.stack([rows.get(parameter, nothing) for parameter in unit.parameters])
-        self.communicator.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
+        self.runtime.groups.shard.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
         numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
         return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
 

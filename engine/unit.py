@@ -195,7 +195,7 @@ class FlatUnit:
         start, stop = self.bounds
         flat = torch.empty(self.elements, dtype=mine.dtype, device=mine.device)
         flat[start:stop].copy_(mine)
-        self.communicator.all_gather(flat, f"masters of {self.label}").wait()
+        self.groups.shard.all_gather(flat, f"masters of {self.label}").wait()
         return flat
 
     def arrive(self) -> None:
