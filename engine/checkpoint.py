@@ -115,6 +115,12 @@ class Checkpoints:
                 f"{call} after micro-step {engine.runtime.micro_step} of {engine.settings.accumulation}: the gradients"
                 " accumulated so far would be lost; do it after the engine.step() that ends the batch"
             )
+        if engine.local_updates is not None and not engine.local_updates.agreed:
+            every = engine.local_updates.settings.every
+            raise ValueError(
+                f"{call} after step {engine.global_steps}: the ranks' parameters differ between agreements; do it after"
+                f" one, every {every} steps from local_updates.warmup_steps on"
+            )
         engine.settle()
         here = torch.ones(1, dtype=torch.int32, device=engine.device)
         engine.communicator.all_reduce(here, call, largest=True, scalar=True).wait()

@@ -20,9 +20,9 @@ from .dialect import translated
 from .mesh import Mesh
 from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
+from .redundancy import OFF, LocalUpdates, Redundancy, resolve
 from .sampling import DataLoading, DataLoadingSection
 from .schedule import SchedulerSection
-from .redundancy import OFF, LocalUpdates, Redundancy, resolve
 
 DATA_TYPES: dict[str, Literal["fp16", "bf16", "fp32"]] = {
     "fp16": "fp16", "bf16": "bf16", "bfp16": "bf16", "fp32": "fp32",

@@ -24,7 +24,6 @@ from . import run_state
 from .agreement import DisagreementError, all_or_none
 from .checkpoint_files import CheckpointError, Manifest
 from .checkpoint_plan import BUFFERS, PARAMETERS, Stock
-from .compressed import uncompressed
 from .durable import write_whole
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def _on_rank_0(engine: "Engine", weights: list[Weight], write: Callable[[Values]
 
     host = engine.checkpoints.meet("export")
     try:
-        with uncompressed(engine.communicator):
+        with engine.groups.uncompressed():
             return all_or_none(host, part, "export")[0]
     except DisagreementError as error:
         raise CheckpointError(f"full weights were not written: {error}") from error

@@ -23,11 +23,12 @@ class LocalTraining:
     Attributes:
         steps: optimizer steps since training began.
         together: the groups of synchronous steps, on which ranks agree.
+        agreed: whether all ranks have the same parameters.
     """
 
     def __init__(self, settings: LocalUpdates, runtime: ZeroRuntime) -> None:
         self.settings, self.runtime, self.together = settings, runtime, runtime.groups
-        self.steps = 0
+        self.steps, self.agreed = 0, True
         self._units = [unit for unit in runtime.units if unit.trainable]
         self._outer: dict[FlatUnit, torch.optim.SGD] = {}
         self._follow_steps()
@@ -35,6 +36,7 @@ class LocalTraining:
     def after_step(self) -> None:
         """The optimizer has stepped, on all ranks."""
         self.steps += 1
+        self.agreed = self.runtime.groups is self.together
         if self.settings.due(self.steps):
             self.agree()
         self._follow_steps()
@@ -61,6 +63,7 @@ class LocalTraining:
                 self._step_outer(unit)
             if unit.master is not unit.shard:
                 unit.shard.copy_(unit.master)
+        self.agreed = True
 
     def _step_outer(self, unit: FlatUnit) -> None:
         """The mean way back, in `unit.master`, is the gradient of what the ranks agreed on last."""
@@ -116,7 +119,7 @@ class LocalTraining:
         Raises:
             ValueError: outer values of other parameters than the model's.
         """
-        self.steps = int(state["steps"])
+        self.steps, self.agreed = int(state["steps"]), True
         self._follow_steps()
         for unit in self._outer:
             if state["momentum"]:

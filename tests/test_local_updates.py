@@ -1,6 +1,7 @@
 """Ranks that step by themselves, against a loop in one process over as many workers."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from windtunnel.collectives.ring import RING
 from windtunnel.collectives.zero import UnitSize, Zero, agreement_bytes, model_state_bytes, padded
 from windtunnel.engine.config import Config
-from windtunnel.engine.engine import Engine
+from windtunnel.engine.engine import Engine, initialize
 from windtunnel.engine.gloo import GlooCommunicator
 from windtunnel.engine.redundancy import LocalUpdates
 from windtunnel.engine.sockets import framing_bytes
@@ -287,3 +288,30 @@ def test_state_dict_is_refused_for_another_model() -> None:
     del state["outer"]["layers.0.bias"]
     with pytest.raises(ValueError, match=r"outer state: layers\.0\.bias is missing"):
         engine.local_updates.load_state_dict(state)
+
+
+def save_between(rank: int, world: int, folder: Path) -> str:
+    """What a save between agreements says; the one at the next agreement succeeds."""
+    engine, *_ = initialize(
+        nn.Linear(3, 1),
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "local_updates": {"every": 2}},
+        timeout_s=10.0,
+    )
+    message = ""
+    for _ in range(2):
+        engine.backward(engine(torch.full((2, 3), rank + 1.0)).sum())
+        engine.step()
+        if not message:
+            with pytest.raises(ValueError, match="agreements") as refused:
+                engine.save_checkpoint(folder)
+            message = str(refused.value)
+    engine.save_checkpoint(folder)
+    engine.close()
+    return message
+
+
+def test_a_checkpoint_is_of_what_ranks_agree_on(two_ranks: World, tmp_path: Path) -> None:
+    for message in two_ranks.run(save_between, tmp_path):
+        assert "save_checkpoint after step 1" in message
+        assert "do it after one, every 2 steps" in message
+    assert (tmp_path / "latest").read_text() == "global_step2"
