@@ -11,6 +11,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 FORMAT_VERSION = 2
+"""Version 1 had no Copy, no HostWork, and waits of the compute stream only; a trace of it means the same today."""
+
+TIERS = ("device", "host", "nvme")
+"""Where bytes may rest: memory of the device, memory of its node, files on the node's NVMe drives."""
+
+DIRECTIONS = ("to_host", "to_device", "to_nvme", "from_nvme")
+"""Of a Copy: between device and host, or between host and NVMe. Each is a stream of its own; host work is another."""
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "buffers", "temporary")
 """Where a byte of device memory belongs. Gathered units are buffers, fp32 masters are optimizer. An Alloc may also say
@@ -18,7 +25,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "buffers", 
 
 
 class Ref(NamedTuple):
-    """Points to the op that made a storage or started a collective.
+    """Points to the op that made a storage or started a collective, a copy or host work.
 
     The target is op number `op` of the run of segment `key` at block `block` that began `age` runs before the latest
     one (0 is the latest). A relative block counts from the block of the segment that holds the Ref.
@@ -81,10 +88,44 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """Start of a copy between tiers on the stream of its direction, one at a time.
+
+    Between device and host it begins when the compute issued before it has ended; to and from NVMe it does not care.
+
+    Attributes:
+        direction: one of DIRECTIONS.
+        label: what it carries, e.g. "gradients"; for timelines.
+    """
+
+    direction: str
+    nbytes: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """Start of arithmetic on the host, on the stream "host", such as the optimizer step of a unit that rests there.
+
+    Attributes:
+        read_bytes, write_bytes: of host memory, whose bandwidth bounds an element-wise step.
+    """
+
+    name: str
+    read_bytes: int
+    write_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
-    """The compute stream waits for a collective."""
+    """A stream waits for a collective, a copy or host work before it goes on with what is issued after this.
+
+    Attributes:
+        stream: "compute", "host", one of DIRECTIONS, or "program": the program itself waits, and so issues nothing.
+    """
 
     ref: Ref
+    stream: str = "compute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +139,7 @@ class Alloc:
 
     nbytes: int
     category: str
+    tier: str = "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +147,7 @@ class Free:
     ref: Ref
 
 
-Op = Kernel | Collective | Wait | Synchronize | Alloc | Free
+Op = Kernel | Collective | Copy | HostWork | Wait | Synchronize | Alloc | Free
 Segment = tuple[Op, ...]
 
 
@@ -170,12 +212,19 @@ def repeat_phase(trace: Trace, name: str, times: int) -> Trace:
 SHALLOWEST = 8
 MIDDLE = 3
 
+DEEPER = 4
+"""How many blocks more are flown, and how much later the middle is, where units are stepped off the device."""
 
-def stretch(trace: Trace, blocks: int) -> Trace:
+
+def stretch(trace: Trace, blocks: int, middle: int = MIDDLE) -> Trace:
     """The trace of the same model with `blocks` repeated blocks, from the flight of a shallower one.
 
     Deferred waits reach two blocks back, and the positions they point to settle two blocks later: at least
-    `SHALLOWEST` blocks are flown, and blocks `MIDDLE` and `MIDDLE - 1` of them must do the same work.
+    `SHALLOWEST` blocks are flown, and blocks `middle` and `middle - 1` of them must do the same work.
+
+    Args:
+        middle: the block to repeat. Units that are stepped off the device reach further, so their flights have more
+            blocks on either side: see `DEEPER`.
 
     Raises:
         ValueError: too few flown blocks, fewer blocks asked for than flown, or middle blocks that differ.
@@ -186,36 +235,38 @@ def stretch(trace: Trace, blocks: int) -> Trace:
     if flown < SHALLOWEST or blocks < flown:
         raise ValueError(f"can stretch a flight of at least {SHALLOWEST} blocks to more, got {flown} to {blocks}")
     shift = blocks - flown
-    rewritten = [_shift_absolute(segment, shift) for segment in trace.segments]
-    phases = tuple(replace(phase, calls=_stretch_calls(phase.calls, rewritten, shift)) for phase in trace.phases)
+    rewritten = [_shift_absolute(segment, shift, middle) for segment in trace.segments]
+    phases = tuple(
+        replace(phase, calls=_stretch_calls(phase.calls, rewritten, shift, middle)) for phase in trace.phases
+    )
     return replace(trace, blocks=blocks, segments=tuple(rewritten), phases=phases)
 
 
-def _shift_absolute(segment: Segment, shift: int) -> Segment:
+def _shift_absolute(segment: Segment, shift: int, middle: int) -> Segment:
     """Absolute blocks at or past the middle belong to the far end of the model, which moves out by `shift`."""
 
     def moved(ref: Ref) -> Ref:
-        return ref if ref.relative or ref.block < MIDDLE else ref._replace(block=ref.block + shift)
+        return ref if ref.relative or ref.block < middle else ref._replace(block=ref.block + shift)
 
     return tuple(replace(op, ref=moved(op.ref)) if isinstance(op, Wait | Free) else op for op in segment)
 
 
-def _stretch_calls(calls: tuple[Call, ...], segments: list[Segment], shift: int) -> tuple[Call, ...]:
-    """Repeat every run of calls at block MIDDLE `shift` more times, in the direction in which the blocks go by."""
+def _stretch_calls(calls: tuple[Call, ...], segments: list[Segment], shift: int, middle: int) -> tuple[Call, ...]:
+    """Repeat every run of calls at block `middle` `shift` more times, in the direction in which the blocks go by."""
     stretched: list[Call] = []
     position = 0
     while position < len(calls):
         block = calls[position].block
         run = _run_at(calls, position)
         position += len(run)
-        if block != MIDDLE:
-            stretched.extend(call._replace(block=block + shift * (block > MIDDLE)) for call in run)
+        if block != middle:
+            stretched.extend(call._replace(block=block + shift * (block > middle)) for call in run)
             continue
         before = stretched[-1].block if stretched else -1
-        ascending = before < MIDDLE
+        ascending = before < middle
         twin = _run_at(calls, position) if not ascending else _run_ending(calls, position - len(run))
-        _check_same_work(run, twin, segments)
-        copies = range(MIDDLE, MIDDLE + shift + 1)
+        _check_same_work(run, twin, segments, middle)
+        copies = range(middle, middle + shift + 1)
         for copy in copies if ascending else reversed(copies):
             stretched.extend(call._replace(block=copy) for call in run)
     return tuple(stretched)
@@ -237,11 +288,11 @@ def _run_ending(calls: tuple[Call, ...], stop: int) -> tuple[Call, ...]:
     return calls[start:stop]
 
 
-def _check_same_work(run: tuple[Call, ...], twin: tuple[Call, ...], segments: list[Segment]) -> None:
+def _check_same_work(run: tuple[Call, ...], twin: tuple[Call, ...], segments: list[Segment], middle: int) -> None:
     work = [(call.key, segments[call.segment]) for call in run]
     other = [(call.key, segments[call.segment]) for call in twin]
     if work != other:
         where = next((a[0] for a, b in zip(work, other, strict=False) if a != b), "their number of segments")
         raise ValueError(
-            f"blocks {MIDDLE} and {MIDDLE - 1} of the flight differ in {where!r}: fly the model at full depth"
+            f"blocks {middle} and {middle - 1} of the flight differ in {where!r}: fly the model at full depth"
         )

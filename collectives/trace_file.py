@@ -4,9 +4,25 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from .trace import FORMAT_VERSION, Alloc, Call, Collective, Free, Kernel, Op, Phase, Ref, Synchronize, Trace, Wait
+from .trace import (
+    FORMAT_VERSION,
+    Alloc,
+    Call,
+    Collective,
+    Copy,
+    Free,
+    HostWork,
+    Kernel,
+    Op,
+    Phase,
+    Ref,
+    Synchronize,
+    Trace,
+    Wait,
+)
 
-OPS: dict[str, type[Op]] = {kind.__name__: kind for kind in (Kernel, Collective, Wait, Synchronize, Alloc, Free)}
+KINDS = (Kernel, Collective, Copy, HostWork, Wait, Synchronize, Alloc, Free)
+OPS: dict[str, type[Op]] = {kind.__name__: kind for kind in KINDS}
 
 
 def dumps(trace: Trace) -> str:
@@ -24,8 +40,8 @@ def loads(text: str) -> Trace:
     try:
         data = json.loads(text)
         version = data["version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"version = {version!r} of the trace; this program reads version {FORMAT_VERSION}")
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(f"version = {version!r} of the trace; this program reads versions 1 to {FORMAT_VERSION}")
         return Trace(
             world=data["world"],
             blocks=data["blocks"],

@@ -7,6 +7,8 @@ sections 5 and 7. The formulas here are *expectations*: they know parameter coun
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from .trace import TIERS
+
 
 @dataclass(frozen=True, slots=True)
 class Zero:
@@ -43,6 +45,8 @@ class UnitSize:
         trainable: frozen units have no gradients and no optimizer state.
         calls: how often the forward of its module runs in a micro-step; sharded parameters are gathered for each.
         persistent: its parameters stay whole, even where the others are sharded.
+        optimizer_tier: where master and moments rest, of TIERS in collectives/trace.py.
+        parameter_tier: where this rank's parameters rest; off the device only if parameters are sharded.
     """
 
     elements: int
@@ -52,6 +56,8 @@ class UnitSize:
     calls: int = 1
     persistent: bool = False
     gradient_bytes: int | None = None
+    optimizer_tier: str = "device"
+    parameter_tier: str = "device"
 
     @property
     def bytes_of_gradient(self) -> int:
@@ -140,9 +146,33 @@ def model_state_bytes(
     secondary_ranks: int = 1,
     outer_values: int = 0,
 ) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state that rank 0 holds between steps (SC 2020, section 5).
+    """Bytes of parameters, gradients and optimizer state on rank 0's device between steps: see `tier_bytes`."""
+    return tier_bytes(
+        units,
+        zero,
+        ranks,
+        moments=moments,
+        master_bytes=master_bytes,
+        secondary_ranks=secondary_ranks,
+        outer_values=outer_values,
+    )["device"]
 
-    Other ranks hold the same or, where padding falls into their shard, a little less.
+
+def tier_bytes(
+    units: Iterable[UnitSize],
+    zero: Zero,
+    ranks: int,
+    *,
+    moments: int,
+    master_bytes: int,
+    secondary_ranks: int = 1,
+    outer_values: int = 0,
+) -> dict[str, dict[str, int]]:
+    """Bytes of parameters, gradients and optimizer state that rank 0 holds between steps, by tier (SC 2020, section 5).
+
+    Other ranks hold the same or, where padding falls into their shard, a little less. Where optimizer state rests off
+    the device, so does a master copy, even of fp32 parameters, and the reduced gradient is in host memory; gradients
+    that are not sharded stay on the device too (Ren et al. 2021, ZeRO-Offload, section 3).
 
     Args:
         ranks: over how many states are sharded: those of a shard group, where all ranks are not one.
@@ -154,18 +184,22 @@ def model_state_bytes(
         master_bytes: size of an optimizer value; where it differs from a unit's own `element_bytes` a master copy
             of the parameters is kept too, as in mixed precision: 2 + 2 + 12 bytes per parameter with Adam.
     """
-    totals = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    totals = {tier: {"parameters": 0, "gradients": 0, "optimizer": 0} for tier in TIERS}
     for unit in units:
         shard = unit.elements // ranks
+        kept = shard if zero.optimizer else unit.elements
+        stays = unit.optimizer_tier == "device"
         sharded = zero.of_unit(unit.persistent).parameters
-        totals["parameters"] += (shard if sharded else unit.elements) * unit.element_bytes
+        totals[unit.parameter_tier]["parameters"] += (shard if sharded else unit.elements) * unit.element_bytes
         if sharded and secondary_ranks > 1:
-            totals["parameters"] += unit.elements // secondary_ranks * unit.element_bytes
+            totals["device"]["parameters"] += unit.elements // secondary_ranks * unit.element_bytes
         if not unit.trainable:
             continue
-        totals["gradients"] += (shard if zero.gradients else unit.elements) * unit.bytes_of_gradient
-        kept = shard if zero.optimizer else unit.elements
-        masters = kept if master_bytes != unit.element_bytes else 0
-        totals["optimizer"] += (masters + moments * min(kept, unit.elements - unit.padding)) * master_bytes
-        totals["optimizer"] += outer_values * unit.elements * master_bytes
+        if stays or not zero.gradients:
+            totals["device"]["gradients"] += (shard if zero.gradients else unit.elements) * unit.bytes_of_gradient
+        if not stays:
+            totals["host"]["gradients"] += kept * unit.bytes_of_gradient
+        shared = stays and unit.parameter_tier == "device" and master_bytes == unit.element_bytes
+        values = (0 if shared else kept) + moments * min(kept, unit.elements - unit.padding)
+        totals[unit.optimizer_tier]["optimizer"] += (values + outer_values * unit.elements) * master_bytes
     return totals

@@ -35,6 +35,13 @@ agreement       ranks exchange objects, and fail together
 durable         files that are whole or absent
 redundancy      what a run keeps more than once, as its config says it
 groups          the groups that collectives run on, along the axes of the config's mesh
+placement       where state rests, as the config says it
+tier            what one rank keeps off its device: files, buffers that units share
+optimizer_rest  a unit's master, moments and gradient off the device
+parameter_rest  a unit's shard of parameters off the device
+transfer        copies between tiers and work on the host, in order; on CPU, CUDA and `sim`
+nvme            files read and written past the page cache, checked, in parallel
+host_step       optimizer steps on the host while gradients still come
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
 compression     ways to send fewer bytes, described, and what each puts on the wire
 codec           rows of numbers as rows of bytes and back

@@ -19,6 +19,7 @@ from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, 
 from .dialect import translated
 from .mesh import Mesh
 from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
+from .placement import OffloadOptimizerSection, OffloadParamSection, Placement
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
 from .redundancy import OFF, LocalUpdates, Redundancy, resolve
 from .sampling import DataLoading, DataLoadingSection
@@ -88,6 +89,8 @@ class ZeroSection:
     zero_quantized_gradients: bool = False
     mics_shard_size: int = OFF
     zero_hpz_partition_size: int = 1
+    offload_optimizer: OffloadOptimizerSection = field(default_factory=OffloadOptimizerSection)
+    offload_param: OffloadParamSection = field(default_factory=OffloadParamSection)
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
@@ -96,6 +99,7 @@ class ZeroSection:
             value = getattr(self, name)
             if value is not None and (value < least or value != int(value)):
                 raise ValueError(f"{name} = {value:g}; allowed: an integer >= {least}, in elements")
+        self.placement()
 
     def buffers(self) -> "Buffers":
         return Buffers(
@@ -104,6 +108,10 @@ class ZeroSection:
             ahead_elements=_unbounded(self.stage3_prefetch_bucket_size),
             persistent_below=int(self.stage3_param_persistence_threshold),
         )
+
+    def placement(self) -> Placement:
+        """Where shards rest."""
+        return Placement.resolve(self.stage, self.offload_optimizer, self.offload_param)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +262,7 @@ class Config:
         communication: how collectives are done.
         buffers: how large what is not a shard may grow.
         redundancy: what is kept more than once.
+        placement: where shards rest, if not on the device.
     """
 
     zero: Zero
@@ -270,6 +279,7 @@ class Config:
     scheduler: SchedulerSection | None = None
     data_loading: DataLoading = field(default_factory=DataLoading)
     monitoring: Monitoring = field(default_factory=Monitoring)
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
@@ -319,6 +329,7 @@ class Config:
             scheduler=keys.scheduler,
             data_loading=DataLoading.of(keys.data_loader, drop_last=keys.dataloader_drop_last),
             monitoring=Monitoring.of(keys, where),
+            placement=keys.zero_optimization.placement(),
         )
 
 

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
 from .gloo import GlooCommunicator
+from .transfer import CudaTransfers, SimTransfers, Transfers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's dtype by the name of a format; "as is" and its like are left out because they change nothing."""
@@ -131,3 +132,15 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
         torch.get_device_module(device.type).set_rng_state(states[device.type], device)
+
+
+def transfers_for(device: torch.device, communicator: Communicator, timeout_s: float, *, pin: bool) -> Transfers:
+    """What moves bytes between `device`, host and files.
+
+    Args:
+        timeout_s: how long one move may take, and wait for others.
+        pin: whether host memory is page-locked where the device profits from it.
+    """
+    if device.type == "sim":
+        return SimTransfers(communicator.observer)
+    return CudaTransfers(device, timeout_s, pin) if device.type == "cuda" else Transfers(timeout_s)

@@ -55,6 +55,10 @@ ALWAYS: dict[str, Always] = {
     "zero_optimization.zero_quantized_nontrainable_weights": Always("frozen parameters travel as others do", (False,)),
     "zero_optimization.cpu_offload": Always("the present key is zero_optimization.offload_optimizer", (False,)),
     "zero_optimization.cpu_offload_param": Always("the present key is zero_optimization.offload_param", (False,)),
+    "zero_optimization.offload_optimizer.fast_init": Always("files hold no moments before they exist", (False,)),
+    "zero_optimization.offload_param.buffer_size": Always("a buffer is as large as the largest shard"),
+    "zero_optimization.offload_param.max_in_cpu": Always("host memory holds buffer_count shards, the drive the rest"),
+    "aio": Always("files move past the page cache in requests of 1 MiB, four at a time"),
     "fp16.auto_cast": Always(
         "inputs keep their dtype; cast floating-point ones in the model, or use torch_autocast", (False,)
     ),

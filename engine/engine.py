@@ -12,23 +12,26 @@ from torch.utils.data import Dataset
 
 from .communicator import Communicator
 from .config import Config, OptimizerSection
-from .device import DTYPES, communicator_for, model_device
+from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
 from .gathered import remember
 from .groups import Groups, groups_for
+from .host_step import HostSteps
 from .loader import ResumableLoader, evaluation_loader
 from .local_updates import LocalTraining
 from .loss import loss_of
 from .loss_scale import LossScaler
 from .monitor import Monitor, monitor_for
 from .optim import unsharded
-from .optimizer import ShardedOptimizer
+from .optimizer import ShardedOptimizer, layouts
 from .partition import partition
 from .queries import Queries, of_module
 from .sampling import Share
 from .scheduler import scheduler_for
+from .tier import Tiers
+from .transfer import Moved, Transfers
 from .unit import FlatUnit
-from .zero import ZeroRuntime
+from .zero import ZeroRuntime, reduce_order
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
@@ -84,7 +87,8 @@ def initialize(
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
     pattern = _pattern(model, settings, optimizer, model_parameters)
-    engine = Engine(model, settings, groups, pattern, units, timeout_s)
+    transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
+    engine = Engine(model, settings, groups, pattern, units, timeout_s, transfers)
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
@@ -175,6 +179,7 @@ class Engine(Queries, nn.Module):
         pattern: torch.optim.Optimizer,
         units: Iterable[nn.Module] | None = None,
         timeout_s: float = 600.0,
+        transfers: Transfers | None = None,
     ) -> None:
         super().__init__()
         self.module, self.settings, self.groups = model, settings, groups
@@ -185,6 +190,10 @@ class Engine(Queries, nn.Module):
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
         self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
+        self.tiers: Tiers | None = None
+        if settings.placement.moves:
+            transfers = transfers or Transfers(timeout_s, communicator.observer)
+            self.tiers = Tiers(settings.placement, transfers, communicator.rank)
         buffers = settings.buffers
         blocks, parts = partition(
             model,
@@ -193,6 +202,7 @@ class Engine(Queries, nn.Module):
             bucket_elements=buffers.bucket_elements,
             persistent_below=buffers.persistent_below if settings.zero.parameters else 0,
         )
+        layout_of = layouts(pattern, parts, settings.placement)
         flat = []
         for part in parts:
             communicator.observer.enter("initialize", part.block)
@@ -200,13 +210,17 @@ class Engine(Queries, nn.Module):
             gradients = DTYPES.get(settings.formats.gradients, dtype)
             unit = FlatUnit(part, settings.zero, groups, dtype, communicator.observer, gradients)
             communicator.replicate([unit.full])
-            unit.take_shard()
+            unit.take_shard(self.tiers, layout_of.get(part))
             flat.append(unit)
         communicator.observer.enter("initialize.end", -1)
         with communicator.observer.category("buffers"):
             _narrow_buffers(model, settings)
         communicator.replicate(model.buffers())
         self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
+        if self.tiers is not None:
+            self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
+            trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
+            self.runtime.host_steps = HostSteps(self.tiers, trainable)
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
@@ -443,8 +457,22 @@ class Engine(Queries, nn.Module):
 
         return save_16bit_model(self, Path(save_dir), save_filename)
 
+    # Offload #
+
+    def offload_report(self) -> dict[str, Moved]:
+        """What has been copied, read and written so far by direction, and what the host has done: bytes and seconds."""
+        return {} if self.tiers is None else self.tiers.transfers.report()
+
+    def apply_delayed_update(self) -> None:
+        """Let the parameters show the last update, where `delayed_update` holds it back. All ranks must call it."""
+        if self.runtime.host_steps is not None:
+            self.runtime.host_steps.bring_late()
+
     def close(self) -> None:
-        """Wait for a checkpoint under way, end the writers and the communicators' threads; the parameters stay."""
+        """Wait for a checkpoint under way, end threads and writers, remove offload files; the parameters stay.
+
+        Those that rest off the device can no longer be gathered then.
+        """
         self.settle()
         if self.monitor is not None:
             self.monitor.close()
@@ -452,4 +480,6 @@ class Engine(Queries, nn.Module):
             if "checkpoints" in vars(self):
                 self.checkpoints.close()
         finally:
+            if self.tiers is not None:
+                self.tiers.close()
             self.groups.close()

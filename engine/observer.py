@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
+
+from ..collectives.trace import Copy, HostWork
 
 
 class Observer:
@@ -32,6 +35,15 @@ class Observer:
 
     def restored(self, tensor: Tensor, category: str) -> None:
         """The storage of `tensor` was resized to its full size and belongs to `category` until it is released."""
+
+    def moves(self, op: Copy | HostWork) -> Any:
+        """A copy between tiers or work on the host starts; the answer is what `awaits` wants."""
+
+    def awaits(self, started: Any, stream: str) -> None:
+        """A stream (see Wait in collectives/trace.py) goes on when what was started has ended."""
+
+    def rests(self, tier: str, nbytes: int, category: str) -> None:
+        """Memory of a tier that is not the device's is taken, and kept."""
 
 
 SILENT = Observer()

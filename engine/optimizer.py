@@ -18,8 +18,11 @@ from torch import Tensor
 
 from .loss_scale import LossScaler
 from .optim import FUSED, Lamb, check_shardable
-from .unit import FlatUnit
-from .zero import ZeroRuntime
+from .partition import Part
+from .placement import Placement, offloaded
+from .tier import StateLayout, state_layout
+from .unit import FlatUnit, wide_dtype
+from .zero import ZeroRuntime, reduce_order
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,31 @@ class Held:
     group: int
 
 
+def layouts(pattern: torch.optim.Optimizer, parts: Sequence[Part], placement: Placement) -> dict[Part, StateLayout]:
+    """What the optimizer keeps per element, for each part whose optimizer state rests off the device.
+
+    Raises:
+        ValueError: an optimizer that asks other ranks in its step, which a host beside the device cannot.
+    """
+    if placement.optimizer == "device":
+        return {}
+    kind = type(pattern)
+    if kind is Lamb:
+        raise ValueError(
+            "optimizer Lamb and zero_optimization.offload_optimizer: its norms are of parameters over all ranks, which"
+            " the device reduces; allowed: an element-wise optimizer, or no offload_optimizer"
+        )
+    trainable = sorted((part for part in parts if part.trainable), key=reduce_order)
+    flags = offloaded([sum(slot.parameter.numel() for slot in part.slots) for part in trainable], placement.ratio)
+    return {
+        part: state_layout(
+            kind, _arguments(kind, _hyper(pattern.param_groups[part.slots[0].group])), wide_dtype(part.dtype)
+        )
+        for part, flag in zip(trainable, flags, strict=True)
+        if flag
+    }
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters are this rank's pieces.
 
@@ -82,9 +110,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.kind, self.overflow = type(pattern), False
         self.gradient_norm: float | None = None
         self.units = [unit for unit in runtime.units if unit.trainable]
-        self._pieces = {
-            unit: [(piece, unit.master[piece.start : piece.stop]) for piece in unit.pieces()] for unit in self.units
-        }
+        self._pieces = {unit: [(piece, unit.master_piece(piece)) for piece in unit.pieces()] for unit in self.units}
         groups = [
             {
                 **_hyper(group),
@@ -98,11 +124,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for unit in self.units
             if self._pieces[unit] or type(pattern) is Lamb
         }
+        if runtime.host_steps is not None:
+            runtime.host_steps.serve(self)
 
     def _stepper(self, kind: Callable[..., torch.optim.Optimizer], unit: FlatUnit) -> torch.optim.Optimizer:
         """torch's optimizer for the pieces of one unit; its state is kept in ours."""
         hyper = _hyper(self.param_groups[unit.group])
-        if kind in FUSED and not any(hyper.get(flag) for flag in ("foreach", "fused", "differentiable", "capturable")):
+        fusible = kind in FUSED and unit.master.device.type != "meta"
+        if fusible and not any(hyper.get(flag) for flag in ("foreach", "fused", "differentiable", "capturable")):
             hyper["fused"] = True
         stepper = kind([{**hyper, "params": [tensor for _, tensor in self._pieces[unit]]}], **_arguments(kind, hyper))
         stepper.state = self.state
@@ -127,14 +156,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         used = self.runtime.used_anywhere(verdict.missed)
         multiplier = self._multiplier(verdict.norm)
+        host_steps = self.runtime.host_steps
+        if host_steps is not None:
+            host_steps.start_others(used, multiplier)
         for unit in self.units:
-            self._enter("update", unit)
-            self._step_unit(unit, used, multiplier)
+            self.enter("update", unit)
+            if unit.rest is None:
+                self.step_unit(unit, used, multiplier, self.hyper(unit))
+                unit.renew()
+            elif host_steps is None or not host_steps.finish(unit):
+                continue
             unit.publish()
         self.runtime.end_step()
         self.scaler.update(overflow=False)
 
-    def _step_unit(self, unit: FlatUnit, used: set, multiplier: float) -> None:
+    def hyper(self, unit: FlatUnit) -> dict[str, Any]:
+        """What the unit's parameter group says now."""
+        return _hyper(self.param_groups[unit.group], without=("fused", "foreach"))
+
+    def step_unit(self, unit: FlatUnit, used: set, multiplier: float, hyper: dict[str, Any]) -> None:
+        """Step the unit's master by `multiplier` times its gradient shard, wherever the two rest."""
         gradient = unit.gradient_shard
         if gradient.dtype != unit.master.dtype:
             gradient = gradient.to(unit.master.dtype)
@@ -145,13 +186,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for piece, tensor in self._pieces[unit]:
             tensor.grad = gradient[piece.start : piece.stop] if piece.parameter in used else None
         stepper = self._steppers[unit]
-        stepper.param_groups[0].update(_hyper(self.param_groups[unit.group], without=("fused", "foreach")))
+        stepper.param_groups[0].update(hyper)
         with self._keeping():
             stepper.step()
-        for _, tensor in self._pieces[unit]:
+        for piece, tensor in self._pieces[unit]:
             tensor.grad = None
-        if unit.master is not unit.shard:
-            unit.shard.copy_(unit.master)
+            if unit.rest is not None:
+                unit.rest.keep(piece.start, self.state[tensor])
 
     # What ranks agree on #
 
@@ -175,8 +216,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         squares = self._scalar(0.0)
         for unit in self.units:
-            self._enter("norm", unit)
-            squares += torch.linalg.vector_norm(unit.gradient_shard, dtype=squares.dtype).square()
+            self.enter("norm", unit)
+            squares += unit.gradient_norm(squares.dtype).square()
         self.runtime.observer.enter("norm.end", -1)
         groups = self.runtime.groups
         squares /= groups.replica.world if self.runtime.zero.optimizer else groups.together.world
@@ -221,7 +262,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
         return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
 
-    def _enter(self, key: str, unit: FlatUnit) -> None:
+    def enter(self, key: str, unit: FlatUnit) -> None:
         self.runtime.observer.enter(key if unit.block >= 0 else f"{key}.root", unit.block)
 
     def _keeping(self) -> AbstractContextManager[None]:

@@ -14,7 +14,9 @@ from ..collectives.trace import (
     Alloc,
     Call,
     Collective,
+    Copy,
     Free,
+    HostWork,
     Op,
     Phase,
     Ref,
@@ -26,7 +28,7 @@ from ..collectives.trace import (
 from .observer import Observer
 from .operators import describe
 
-NEIGHBOURHOOD = 2
+NEIGHBOURHOOD = 4
 """A Ref to a block at most this far away is relative: what reaches that far moves along with the block."""
 
 DEFAULT_CATEGORY = {"initialize": "parameters", "forward": "activations", "input": "activations"}
@@ -95,6 +97,15 @@ class Recorder(Observer):
 
     def wait(self, started: Address) -> None:
         self._append(Wait(self._ref(started)))
+
+    def moves(self, op: Copy | HostWork) -> Address:
+        return self._append(op)
+
+    def awaits(self, started: Address, stream: str) -> None:
+        self._append(Wait(self._ref(started), stream))
+
+    def rests(self, tier: str, nbytes: int, category: str) -> None:
+        self._append(Alloc(nbytes, category, tier))
 
     # What the dispatcher shows #
 

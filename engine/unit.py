@@ -14,10 +14,18 @@ from ..collectives.zero import UnitSize, Zero, padded
 from .communicator import DONE, Communicator, Handle
 from .groups import Groups
 from .observer import Observer
+from .optimizer_rest import OptimizerRest
+from .parameter_rest import ParameterRest
 from .partition import Part
+from .tier import StateLayout, Tiers
 
 FULL_PRECISION = {torch.float64: torch.float64}
 """dtype of an optimizer's values by dtype of the parameters; all others are stepped in fp32."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the optimizer's values for parameters of `dtype`."""
+    return FULL_PRECISION.get(dtype, torch.float32)
 
 
 class Residency(Enum):
@@ -45,14 +53,20 @@ class FlatUnit:
 
     Attributes:
         full: [S] parameters; its storage is empty while the unit is SHARDED.
-        shard: [s] this rank's parameters: a view of `full` unless parameters are sharded.
+        shard: [s] this rank's parameters: a view of `full` unless parameters are sharded; not set where they rest off
+            the device.
         master: [s] what the optimizer steps: `shard` itself, or an fp32 copy where that is 16 bits wide.
         gradient: [S] gradients of this backward, in the parameters' dtype or in one of their own, in which they are
             also reduced; its storage is empty outside of backward when gradients are sharded.
         gradient_shard: [s] reduced gradients: a view of `gradient` unless gradients are sharded.
         secondary: [t] parameters as they were last gathered for a forward, from which backward gathers them inside
             the secondary group; [0] where there is no such group.
+        rest: master and gradient shard, if they rest off the device.
+        away: the shard of the parameters, if it rests off the device.
     """
+
+    rest: OptimizerRest | None = None
+    away: ParameterRest | None = None
 
     def __init__(
         self,
@@ -79,8 +93,7 @@ class FlatUnit:
         self.arriving: Handle | None = None
         self.seen: set[nn.Parameter] = set()
         self._lay_out(dtype)
-        if self.trainable:
-            self._make_gradients(gradient_dtype or dtype)
+        self._gradient_dtype = gradient_dtype or dtype
 
     @property
     def sharded(self) -> bool:
@@ -96,7 +109,9 @@ class FlatUnit:
             element_bytes=self.full.element_size(),
             trainable=self.trainable,
             persistent=self.part.persistent,
-            gradient_bytes=self.gradient.element_size() if self.trainable else None,
+            gradient_bytes=self._gradient_dtype.itemsize if self.trainable else None,
+            optimizer_tier="device" if self.rest is None else self.rest.tier,
+            parameter_tier="device" if self.away is None else self.away.tier,
         )
 
     def _lay_out(self, dtype: torch.dtype) -> None:
@@ -121,16 +136,35 @@ class FlatUnit:
                 nowhere = torch.full((), torch.nan, dtype=dtype, device=device)
             self._gone = [nowhere.expand(parameter.shape) for parameter in self.parameters]
 
-    def take_shard(self) -> None:
-        """Once every rank has the same values: keep this rank's shard, its master copy, and free what is sharded."""
+    @property
+    def wide(self) -> torch.dtype:
+        """dtype of the master."""
+        return wide_dtype(self.full.dtype)
+
+    def take_shard(self, tiers: Tiers | None = None, layout: StateLayout | None = None) -> None:
+        """Once every rank has the same values: keep this rank's shard, its master copy, and free what is sharded.
+
+        Args:
+            tiers: where what need not be on the device rests; None: all is on the device.
+            layout: what the optimizer keeps per element, if the unit's optimizer state is to rest off the device.
+        """
         start, stop = self.bounds
+        mine = self.full[start:stop]
         with torch.no_grad():
-            with self.observer.category("parameters"):
-                self.shard = self.full[start:stop].clone() if self.zero.parameters else self.full[start:stop]
-            wide = FULL_PRECISION.get(self.full.dtype, torch.float32)
-            if self.trainable:
+            if tiers is not None and tiers.placement.parameters != "device" and self.sharded:
+                self.away = ParameterRest(tiers, self.label, mine)
+            else:
+                with self.observer.category("parameters"):
+                    self.shard = mine.clone() if self.zero.parameters else mine
+            if tiers is not None and layout is not None and self.trainable:
+                self.rest = OptimizerRest(tiers, self.label, mine, self.wide, self._gradient_dtype, layout)
+                self.master, self.gradient_shard = self.rest.master, self.rest.gradient
+            elif self.trainable:
                 with self.observer.category("optimizer"):
-                    self.master = self.shard if self.shard.dtype == wide else self.shard.to(wide)
+                    own = self.away is None and mine.dtype == self.wide
+                    self.master = self.shard if own else mine.to(self.wide, copy=True)
+        if self.trainable:
+            self._make_gradients(self._gradient_dtype)
         if self.zero.parameters:
             self.free()
         keeps = self.zero.parameters and self.groups.secondary.world > 1
@@ -144,10 +178,11 @@ class FlatUnit:
         with self.observer.category("gradients"):
             self.gradient = torch.zeros(self.elements, dtype=dtype, device=self.full.device)
         if self.zero.gradients:
-            with self.observer.category("gradients"):
-                self.gradient_shard = torch.zeros(stop - start, dtype=dtype, device=self.full.device)
+            if self.rest is None:
+                with self.observer.category("gradients"):
+                    self.gradient_shard = torch.zeros(stop - start, dtype=dtype, device=self.full.device)
             self._release(self.gradient)
-        else:
+        elif self.rest is None:
             self.gradient_shard = self.gradient[start:stop]
         self.shard_filled = False
 
@@ -158,6 +193,11 @@ class FlatUnit:
         return [Piece(parameter, a, b) for parameter, a, b in cut if a < b]
 
     # Parameters #
+
+    def fetch(self) -> None:
+        """Start to bring this rank's shard up, if it rests off the device and will be needed."""
+        if self.away is not None and self.residency is Residency.SHARDED:
+            self.away.fetch()
 
     def gather(self, *, again: bool = False) -> None:
         """Start to collect the parameters from all ranks that share them, unless they are here or on their way.
@@ -173,10 +213,27 @@ class FlatUnit:
         with torch.no_grad():
             if nearby:
                 self._part(self.groups.secondary).copy_(self.secondary)
+            elif self.away is not None:
+                self.away.copy_into(self._part(self.groups.shard))
             else:
                 self._part(self.groups.shard).copy_(self.shard)
         self._secondary_is_fresh = nearby  # else it is filled again on arrival, with what this forward computes with
         self._start_gather(self.groups.secondary if nearby else self.groups.shard)
+
+    def master_piece(self, piece: Piece) -> Tensor:
+        """A piece of the master as a tensor of its own."""
+        return self.master[piece.start : piece.stop] if self.rest is None else self.rest.piece(piece.start, piece.stop)
+
+    def renew(self) -> None:
+        """The master was stepped: the shard takes its values, wherever it is."""
+        if self.rest is not None and self.away is not None:
+            self.rest.sent = self.away.store(self.rest.outgoing, self.rest.stepped)
+        elif self.rest is not None:
+            self.rest.send(self.shard)
+        elif self.away is not None:
+            self.away.store_down(self.master.to(self.full.dtype))
+        elif self.master is not self.shard:
+            self.shard.copy_(self.master)
 
     def publish(self) -> None:
         """Start to send this rank's stepped shard to the ranks that keep whole parameters."""
@@ -225,10 +282,15 @@ class FlatUnit:
         """Train on from what `full` holds: someone has set the parameters while they were GATHERED."""
         start, stop = self.bounds
         with torch.no_grad():
-            if self.zero.parameters:
-                self.shard.copy_(self.full[start:stop])
-            if self.trainable and self.master is not self.shard:
-                self.master.copy_(self.shard)
+            mine = self.full[start:stop]
+            if self.away is not None:
+                self.away.store_down(mine)
+            elif self.zero.parameters:
+                self.shard.copy_(mine)
+            if self.rest is not None:
+                self.rest.set(mine)
+            elif self.trainable and (self.away is not None or self.master is not self.shard):
+                self.master.copy_(mine)
 
     def _point_to(self, values: list[Tensor]) -> None:
         """Let the parameters show these values: NaN for what is not here, where freed memory would end the process."""
@@ -284,16 +346,26 @@ class FlatUnit:
             return DONE
         return self.groups.replica.all_reduce(self.gradient_shard, f"gradient shards of {self.label}")
 
+    def gradient_norm(self, dtype: torch.dtype) -> Tensor:
+        """Norm of the reduced gradient shard, a scalar of `dtype` on the device."""
+        if self.rest is not None:
+            return self.rest.norm(dtype, self.full.device)
+        return torch.linalg.vector_norm(self.gradient_shard, dtype=dtype)
+
     def absorb(self) -> None:
-        """Add the reduced chunk to the gradient shard and free the rest, if gradients are sharded."""
+        """Add the reduced chunk to the gradient shard and free the rest, if gradients are sharded or rest elsewhere."""
+        start, stop = self.bounds
+        chunk = self.gradient[start:stop]
+        if self.rest is not None:
+            self.rest.take(chunk, add=self.shard_filled)
         if not self.zero.gradients:
             return
-        start, stop = self.bounds
-        with torch.no_grad():
-            if self.shard_filled:
-                self.gradient_shard.add_(self.gradient[start:stop])
-            else:
-                self.gradient_shard.copy_(self.gradient[start:stop])
+        if self.rest is None:
+            with torch.no_grad():
+                if self.shard_filled:
+                    self.gradient_shard.add_(chunk)
+                else:
+                    self.gradient_shard.copy_(chunk)
         self.shard_filled = True
         self.seen.clear()
         self._release(self.gradient)

@@ -22,7 +22,9 @@ from .batch import tensors
 from .communicator import Communicator, Handle
 from .config import Buffers
 from .groups import Groups
+from .host_step import HostSteps
 from .observer import Observer
+from .partition import Part
 from .unit import FlatUnit, Residency
 
 # [Note: one reduction behind]
@@ -41,12 +43,18 @@ BOUNDLESS = Buffers()
 # sees at the same place. Autograd runs later-made nodes first, so by then the unit's gradients are all here.
 
 
+def reduce_order(part: Part) -> tuple[int, int]:
+    """Sorts units by their parts into the order in which every rank reduces them."""
+    return -part.block if part.block >= 0 else 1, -part.number
+
+
 class ZeroRuntime:
     """Moves the units of one model through its steps.
 
     Attributes:
         units: in the order of the forward pass as far as registration tells it, the root's first.
         used: parameters that got a gradient since the last optimizer step, on this rank.
+        host_steps: steps units off the device, if any rest there.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class ZeroRuntime:
         self.observer: Observer = groups.everyone.observer
         self.micro_step = 0
         self.used: set[nn.Parameter] = set()
+        self.host_steps: HostSteps | None = None
         self._owners: list[nn.Module] = [model, *blocks]
         self._block = {module: number - 1 for number, module in enumerate(self._owners)}
         self._of: dict[nn.Module, list[FlatUnit]] = {module: [] for module in self._owners}
@@ -72,9 +81,7 @@ class ZeroRuntime:
         # Every rank reduces in this order, whatever its own graph looked like: the blocks backwards, their last
         # parameters first, then the root, whose embedding gets its gradient last.
         trainable = [unit for unit in units if unit.trainable]
-        self._reduce_order = sorted(
-            trainable, key=lambda unit: (-unit.block if unit.block >= 0 else 1, -unit.part.number)
-        )
+        self._reduce_order = sorted(trainable, key=lambda unit: reduce_order(unit.part))
         self._unit_of = {parameter: unit for unit in trainable for parameter in unit.parameters}
         self._backward_running = False
         self._calls_left: Counter[nn.Module] = Counter()  # forwards that backward has not come to
@@ -184,6 +191,9 @@ class ZeroRuntime:
             follows = 0 if direction > 0 else len(self._owners) - 2
         if 0 <= follows < len(self._owners) - 1:
             self._gather_ahead(self._of[self._owners[follows + 1]], again=again)
+        after_that = follows + direction
+        if 0 <= after_that < len(self._owners) - 1:
+            self._fetch_ahead(self._of[self._owners[after_that + 1]])
 
     def _gather_ahead(self, units: list[FlatUnit], *, again: bool) -> None:
         """Ask for units before they are needed, within the bounds; all ranks decide alike, by sizes and order alone."""
@@ -195,6 +205,15 @@ class ZeroRuntime:
             if ahead > self.buffers.ahead_elements or live + ahead > self.buffers.live_elements:
                 return
             unit.gather(again=again)
+
+    def _fetch_ahead(self, units: list[FlatUnit]) -> None:
+        """Bring this rank's shards up that are gathered after the next ones, if they rest off the device."""
+        ahead = 0
+        for unit in units:
+            ahead += unit.elements
+            if ahead > self.buffers.ahead_elements:
+                return
+            unit.fetch()
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         self._begin_backward()
@@ -274,6 +293,8 @@ class ZeroRuntime:
             return
         while len(self._behind) > REDUCTIONS_BEHIND:
             self._absorb_oldest()
+        if self.host_steps is not None:
+            self.host_steps.reducing(unit)
         self._behind.append((unit, unit.reduce()))
 
     def _absorb_oldest(self) -> None:
@@ -282,6 +303,8 @@ class ZeroRuntime:
         unit.absorb()
         if self.at_boundary:
             self._between_replicas.append(unit.reduce_between_replicas())
+        if self.host_steps is not None:
+            self.host_steps.reduced(unit)
 
     def _end_backward(self) -> None:
         """Autograd has run to its end: reduce what is left (units with unused parameters), and wait for all of it."""

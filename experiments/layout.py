@@ -4,13 +4,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..collectives.zero import Zero
 from ..reading import nearest
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
 from .models import ModelSpec
+
+if TYPE_CHECKING:
+    from ..engine.placement import Placement
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
@@ -23,6 +26,9 @@ SAID_BY_OPTIONS = (
     "zero_optimization.stage", "bf16.enabled", "fp16.enabled",
 )  # fmt: skip
 """Keys of a DeepSpeed file that options say in full."""
+
+OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
+"""Of a DeepSpeed file's section zero_optimization: where state rests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +88,6 @@ ONLY_VALUE_SO_FAR: dict[str, Any] = {
     "pp": 1,
     "interleave": 1,
     "sequence_parallel": False,
-    "offload": "none",
 }
 """Options of the contract that the engine cannot perform yet, and the one value that means "without"."""
 
@@ -96,6 +101,10 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
     _check(options)
     gpus, dp = _ranks(options, cluster)
     micro_batch, global_batch, accumulation = _batches(options, dp)
+    if options.offload == "parameters" and (options.zero or 0) != 3:
+        refuse(
+            "offload", options.offload, f"optimizer, or zero = 3: at zero = {options.zero or 0} parameters stay whole"
+        )
     seq = options.seq or model.seq
     if seq > model.seq and model.positions == "learned":
         refuse("seq", seq, f"at most {model.seq}, the learned positions of {model.name}")
@@ -206,6 +215,8 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
     ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp)
     config = Config.read(source, ranks)
     _, keys = load_json(source)
+    said = dict(_rest(keys))
+    offload, offload_to = _offload(given, config.placement)
     return replace(
         given,
         zero=config.zero.stage if given.zero is None else given.zero,
@@ -213,8 +224,25 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
         global_batch=given.global_batch or config.micro_batch * config.accumulation * ranks,
         precision=given.precision or ("fp32" if config.precision == "as is" else config.precision),
         clip=given.clip or config.clip,
-        engine=json.dumps(dict(_rest(keys))),
+        engine=json.dumps(_without_offload(said) if given.offload != "none" else said),
+        offload=offload,
+        offload_to=offload_to,
     )
+
+
+def _offload(given: Options, placement: "Placement") -> tuple[str, str]:
+    """(offload, offload_to) as the command line says, else as the file's sections come to."""
+    if given.offload != "none" or not placement.moves:
+        return given.offload, given.offload_to
+    if placement.parameters != "device":
+        return "parameters", placement.parameters
+    return "optimizer", placement.optimizer
+
+
+def _without_offload(keys: dict[str, Any]) -> dict[str, Any]:
+    """What a file says, but for where state rests: the command line says that."""
+    zero = {name: value for name, value in keys.get("zero_optimization", {}).items() if name not in OFFLOAD_KEYS}
+    return {**keys, "zero_optimization": zero}
 
 
 def _rest(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,7 +261,7 @@ def engine_config(layout: Layout) -> dict[str, Any]:
     """What the engine is flown with: the file's keys, and over them what the options say."""
     keys = json.loads(layout.engine)
     sections: dict[str, dict[str, Any]] = {
-        "zero_optimization": {"stage": layout.zero},
+        "zero_optimization": {**_offload_sections(layout, keys), "stage": layout.zero},
         "bf16": {"enabled": layout.precision == "bf16"},
         "fp16": {"enabled": layout.precision == "fp16"},
     }
@@ -243,3 +271,22 @@ def engine_config(layout: Layout) -> dict[str, Any]:
         **{name: {**keys.get(name, {}), **said} for name, said in sections.items()},
         "gradient_clipping": layout.clip,
     }
+
+
+def _offload_sections(layout: Layout, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Where state rests, as a DeepSpeed file says it: this one, if it does."""
+    if any(name in keys.get("zero_optimization", {}) for name in OFFLOAD_KEYS):
+        return {}
+    return offload_sections(layout.offload, layout.offload_to)
+
+
+def offload_sections(offload: str, to: str) -> dict[str, Any]:
+    """`--offload` and `--offload-to` as a DeepSpeed file says it; parameters take the optimizer's state with them."""
+    if offload == "none":
+        return {}
+    place = {"device": "cpu"} if to == "host" else {"device": "nvme", "nvme_path": "/nvme"}
+    sections: dict[str, Any] = {"offload_optimizer": place}
+    if offload == "parameters":
+        # Two buffers are enough to read one shard while another goes up.
+        sections["offload_param"] = {**place, "buffer_count": 2}
+    return sections

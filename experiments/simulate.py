@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..collectives.trace import SHALLOWEST, Trace, repeat_phase, stretch
+from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
 from ..collectives.trace_file import dumps
 from ..engine.pilot import Plan, fly
 from ..engine.precision import AUTOCAST_FORMATS
@@ -17,7 +17,7 @@ from ..sim.memory import replay_memory
 from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
-from .layout import Layout, Options, engine_config, from_deepspeed, resolve
+from .layout import OFFLOAD_KEYS, Layout, Options, engine_config, from_deepspeed, resolve
 from .models import ModelSpec, load_model
 
 SECONDS_PER_DAY = 86_400
@@ -82,17 +82,21 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
 def _flight(
     spec: ModelSpec, *, world: int, micro_batch: int, seq: int, recompute: str, accumulation: int, engine: str
 ) -> Trace:
-    shallow = replace(spec, layers=min(spec.layers, SHALLOWEST))
+    config = json.loads(engine)
+    deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
+    # Where a share of the units rests elsewhere, two blocks that are alike do not stand for all.
+    partly = config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0
+    shallow = spec if partly else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
         arguments={"spec": shallow, "recompute": recompute, "batch": micro_batch, "seq": seq},
-        config=json.loads(engine),
+        config=config,
         world=world,
         micro_steps=accumulation,
     )
     flown = fly(plan)
     try:
-        trace = stretch(flown, spec.layers)
+        trace = stretch(flown, spec.layers, MIDDLE + deeper // 2)
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
         trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))

@@ -94,6 +94,8 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "tensorboard": "as `jsonl_monitor`",
     "wandb": "as `jsonl_monitor`",
     "local_updates": "an all-reduce of the optimizer's values once in `every` steps, and no gradients",
+    "zero_optimization.offload_optimizer": "as `windtunnel simulate --offload optimizer` says",
+    "zero_optimization.offload_param": "as `windtunnel simulate --offload parameters` says",
     "fp16.loss_scale": "one pass over the gradient shard",
     "communication_data_type": "as `communication_compression` to that type",
     "communication_compression.gradient_options": "depends on the scheme",

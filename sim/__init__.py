@@ -2,6 +2,8 @@
 
 processor   a GPU or a CPU share: peaks, achievable shares of them, measured tables; each figure has its source
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
+host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
+transfers   copies and work of the host as simpy processes
 kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
 network     seconds and bytes of a collective: closed form, or every message
 topology    the network as links: which ones a message takes, and how late it is

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..collectives.tiers import Tier
 from ..reading import STRICT, nearest, read_into, read_toml
+from .host import Host
 from .processor import FIGURES, KernelCurve, MatmulPoint, Processor, check_sources, require, require_positive
 
 __all__ = [
@@ -101,6 +102,7 @@ class Cluster:
         sources: where each figure is from, e.g. "inter_node.latency_s".
         fabric: how the nodes are wired; None: as if each node had one link, whatever its NICs, to a switch that never
             blocks.
+        host: what lies below the GPUs' memory on a node; None: not known, so nothing can be offloaded there.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Cluster:
     inter_node: Fabric | None
     sources: dict[str, str] = field(hash=False)
     fabric: Wiring | None = None
+    host: Host | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, ("gpus_per_node", "nodes"))
@@ -203,6 +206,7 @@ class _ClusterFile:
     intra_node: _FabricFile | None = None
     inter_node: _FabricFile | None = None
     fabric: Wiring | None = None
+    host: Host | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -215,7 +219,8 @@ class _ClusterFile:
         plain = [name for name in ("gpus_per_node", "nodes") if getattr(self, name) is not None]
         tables = (("intra_node", self.intra_node), ("inter_node", self.inter_node))
         levels = (f"{name}.{key}" for name, table in tables if table is not None for key in table.given())
-        return (*plain, *levels, *(["fabric"] if self.fabric is not None else []))
+        host = [f"host.{key}" for key in asdict(self.host)] if self.host is not None else []
+        return (*plain, *levels, *host, *(["fabric"] if self.fabric is not None else []))
 
 
 def processor_names() -> tuple[str, ...]:
@@ -243,7 +248,8 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
 
     A file may start from a `base` of the catalogue; each key that it gives overrides the base. Its keys are `gpu` (a
     catalogue name or a processor file, relative to the cluster file), `gpus_per_node`, `nodes`, the tables
-    [intra_node] and [inter_node] with the fields of Fabric, and [fabric] with those of Wiring.
+    [intra_node] and [inter_node] with the fields of Fabric, [fabric] with those of Wiring and [host] with those of Host
+    (all of them: it replaces the base's).
 
     Raises:
         ValueError: one line: an unknown name, a file that cannot be read, or a key that is unknown, wrong or missing.
@@ -281,6 +287,7 @@ def _build_cluster(file: _ClusterFile, path: Path) -> Cluster:
         intra_node=intra_node,
         inter_node=inter_node,
         fabric=file.fabric or (base.fabric if base else None),
+        host=file.host or (base.host if base else None),
         sources={
             **(base.sources if base else {}),
             **{name: f"given in {path.name}" for name in file.figures()},

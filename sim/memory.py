@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..collectives.trace import CATEGORIES, Alloc, Free, Trace
+from ..collectives.trace import CATEGORIES, TIERS, Alloc, Free, Trace, walk
 from .hardware import Processor
 
 SMALL_BYTES = 1 << 20
@@ -29,12 +29,14 @@ class Memory:
         reserved_bytes: what the allocator holds at most; fragmentation is not in it.
         state: bytes of parameters, gradients and optimizer values when the last step has ended.
         events: (number of the op in program order, bytes in use) at each change, for timelines.
+        elsewhere: bytes by tier that rest off the device, buffers for their sake included.
     """
 
     peak: dict[str, int]
     reserved_bytes: int
     state: dict[str, int]
     events: tuple[tuple[int, int], ...]
+    elsewhere: dict[str, int]
 
     @property
     def total_bytes(self) -> int:
@@ -56,7 +58,17 @@ def replay_memory(trace: Trace, processor: Processor) -> Memory:
         reserved_bytes=allocator.reserved if processor.kind == "gpu" else sum(allocator.peak.values()),
         state={name: now[name] for name in ("parameters", "gradients", "optimizer")},
         events=tuple(allocator.events),
+        elsewhere=_elsewhere(trace),
     )
+
+
+def _elsewhere(trace: Trace) -> dict[str, int]:
+    """Bytes of the tiers below the device. What is taken there is kept, so a phase that repeats takes it once."""
+    totals = {tier: 0 for tier in TIERS if tier != "device"}
+    for _, _, _, op in walk(trace):
+        if isinstance(op, Alloc) and op.tier in totals:
+            totals[op.tier] += op.nbytes
+    return totals
 
 
 def _changes(trace: Trace) -> Iterator[tuple[int, Alloc, int]]:
@@ -70,6 +82,8 @@ def _changes(trace: Trace) -> Iterator[tuple[int, Alloc, int]]:
         for position, op in enumerate(trace.segments[call.segment]):
             number += 1
             if isinstance(op, Alloc):
+                if op.tier != "device":
+                    continue
                 live[call.key, call.block, runs[call.key, call.block], position] = op
                 yield number, op, +1
             elif isinstance(op, Free):

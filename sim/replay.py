@@ -14,12 +14,13 @@ import simpy
 from simpy.events import Event, ProcessGenerator
 
 from ..collectives.groups import Mesh
-from ..collectives.trace import Call, Collective, Kernel, Phase, Segment, Synchronize, Trace, Wait
+from ..collectives.trace import Call, Collective, Copy, HostWork, Kernel, Phase, Segment, Synchronize, Trace, Wait
 from .hardware import Cluster
 from .kernel import kernel_seconds
 from .network import collective_seconds, sent_bytes
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
 from .topology import Topology, topology
+from .transfers import Transfers
 
 MOST_PLAYED = 3
 """How often a repeated phase is played; further repetitions cost what the last one played did."""
@@ -59,6 +60,7 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
     before, after = rank.marks[1], rank.marks[2]
     breakdown = {name: after[name] - before[name] for name in after}
     spans = tuple(rank.compute.spans or ()) + tuple(s for stream in rank.streams.values() for s in stream.spans)
+    spans += tuple(rank.transfers.spans)
     return Replay(
         step_time_s=sum(breakdown.values()),
         breakdown_s=breakdown,
@@ -69,6 +71,9 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
         events=rank.env.steps,
     )
 
+
+Started = Collective | Copy | HostWork
+"""Ops that run beside the compute stream, and that a Wait may point to."""
 
 Mark = dict[str, float]
 """Seconds by cause since the start."""
@@ -100,24 +105,25 @@ class _Rank:
         self.compute = ComputeStream(self.env, interference, record)
         self.mesh = Mesh.of(trace.world)
         self.streams = {axis: CommunicationStream(self.env, axis, interference, record) for axis in axes(trace)}
+        self.transfers = Transfers(self.env, cluster, prod(trace.world.values()), record)
         self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
         self._skipped: Mark = defaultdict(float)
         self._runs: Counter[tuple[str, int]] = Counter()
-        self._started: dict[tuple[str, int, int, int], Event] = {}
+        self._started: dict[tuple[str, int, int, int], tuple[Event, bool]] = {}
         self._prepared = [self._prepare(segment) for segment in trace.segments]
         self.finished = self.env.process(self._host())
 
-    def _prepare(self, segment: Segment) -> list[tuple[int, Run | Collective | Wait | Synchronize]]:
+    def _prepare(self, segment: Segment) -> list[tuple[int, Run | Started | Wait | Synchronize]]:
         """A segment with its kernels priced and joined into runs: (position of the op, what to do)."""
         # A host that computes itself pays for issuing each op; one that runs ahead of a device is only sometimes late.
         launch_s, overhead_s = self._launch_s, self.processor.launch_s - self._launch_s
-        prepared: list[tuple[int, Run | Collective | Wait | Synchronize]] = []
+        prepared: list[tuple[int, Run | Started | Wait | Synchronize]] = []
         kernels: list[tuple[str, float]] = []
         for position, op in enumerate(segment):
             if isinstance(op, Kernel):
                 kernels.append((op.name, kernel_seconds(op, self.processor) + overhead_s))
-            elif isinstance(op, Collective | Wait | Synchronize):
+            elif isinstance(op, Started | Wait | Synchronize):
                 if kernels:
                     prepared.append((position, Run.of(kernels, launch_s)))
                     kernels = []
@@ -170,17 +176,27 @@ class _Rank:
                     self.compute.run(op)
                     if self._launch_s > 0:
                         yield self.env.timeout(len(op.kernels) * self._launch_s)
-                case Collective():
+                case Collective() | Copy() | HostWork():
                     place = (call.key, call.block, self._runs[call.key, call.block], position)
-                    self._started[place] = self._start(op)
+                    self._started[place] = self._start(op), not isinstance(op, Collective)
                 case Wait():
                     block = op.ref.block_from(call.block)
                     run = self._runs[op.ref.key, block] - op.ref.age
-                    self.compute.wait(self._started.pop((op.ref.key, block, run, op.ref.op)))
+                    if op.ref.key.startswith("initialize"):
+                        continue  # long done: what precedes training takes no time
+                    done, offload = self._started[op.ref.key, block, run, op.ref.op]
+                    if op.stream in ("compute", "program"):
+                        self.compute.wait(done, offload=offload)
+                        if op.stream == "program" and not done.processed:
+                            yield done
+                    else:
+                        self.transfers.wait(op.stream, done)
                 case Synchronize():
                     yield self._drained()
 
-    def _start(self, op: Collective) -> Event:
+    def _start(self, op: Started) -> Event:
+        if not isinstance(op, Collective):
+            return self.transfers.start(op, self._drained())
         seconds = collective_seconds(op, self.mesh.placement(op.axis), self.network, self.fidelity)
         name = f"{op.kind} {op.label}"
         return self.streams[op.axis].start(name, seconds, after=self._drained())
@@ -198,7 +214,7 @@ class _Rank:
             "exposed_communication": busy.exposed_communication,
             "bubble": 0.0,
             "host": busy.host,
-            "offload": 0.0,
+            "offload": busy.offload,
         }
         return {name: seconds + self._skipped[name] for name, seconds in played.items()}
 

@@ -31,7 +31,8 @@ class StepResult:
             `framework` takes besides.
         fits: reserved + framework <= capacity.
         bytes_sent_per_gpu: per step: total, max over the ranks, by_axis.
-        model_state_bytes: parameters, gradients and optimizer values between steps.
+        model_state_bytes: parameters, gradients and optimizer values between steps, on the device.
+        offloaded_bytes_per_node: what rests off the devices of a node, by tier ("host", "nvme").
         wall_s: how long the simulation took, flight included.
         events: simpy events played.
         layout: every option as resolved.
@@ -47,6 +48,7 @@ class StepResult:
     fits: bool
     bytes_sent_per_gpu: Mapping[str, Any]
     model_state_bytes: int
+    offloaded_bytes_per_node: Mapping[str, int]
     wall_s: float
     events: int
     layout: Mapping[str, Any]
@@ -85,6 +87,10 @@ def price(
         fits=memory.reserved_bytes + cluster.processor.framework_bytes <= cluster.processor.memory_bytes,
         bytes_sent_per_gpu=_sent(step),
         model_state_bytes=sum(memory.state.values()),
+        offloaded_bytes_per_node={
+            tier: nbytes * min(cluster.gpus_per_node, prod(trace.world.values()))
+            for tier, nbytes in memory.elsewhere.items()
+        },
         wall_s=perf_counter() - began,
         events=step.events,
         layout={**layout, "gpus": prod(trace.world.values())},

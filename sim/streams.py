@@ -29,6 +29,7 @@ class Busy:
     compute: float = 0.0
     exposed_communication: float = 0.0
     host: float = 0.0
+    offload: float = 0.0
 
 
 class Interference:
@@ -120,9 +121,9 @@ class ComputeStream:
         """Queue kernels that the host begins to issue now."""
         self._queue.put((self._compute, run, self.env.now))
 
-    def wait(self, done: Event) -> None:
-        """Queue a wait for an event of another stream."""
-        self._queue.put((self._await, done, self.env.now))
+    def wait(self, done: Event, *, offload: bool = False) -> None:
+        """Queue a wait for a collective, or for a copy or work of the host if it is for the sake of offload."""
+        self._queue.put((self._await_offload if offload else self._await, done, self.env.now))
 
     def mark(self, act: Callable[[], object]) -> None:
         """Queue an action that takes no time, such as recording an event."""
@@ -158,6 +159,12 @@ class ComputeStream:
         if not done.processed:
             yield done
         self.busy.exposed_communication += self.env.now - began
+
+    def _await_offload(self, done: Event, _: float) -> ProcessGenerator:
+        began = self.env.now
+        if not done.processed:
+            yield done
+        self.busy.offload += self.env.now - began
 
     def _act(self, act: Callable[[], object], _: float) -> ProcessGenerator:
         act()

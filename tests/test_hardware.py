@@ -19,6 +19,7 @@ from windtunnel.sim.hardware import (
     load_processor,
     processor_names,
 )
+from windtunnel.sim.host import Host
 
 CPU = """
 kind = "cpu"
@@ -70,7 +71,7 @@ def test_every_cluster_loads_with_a_source_for_each_figure(name: str) -> None:
     cluster = load_cluster(name)
     tables = {f"{table}.{key}" for table in ("intra_node", "inter_node") for key in vars_of(Fabric)}
     optional = {f"{table}.{key}" for table in ("intra_node", "inter_node") for key in ("start_s", "local_bytes_per_s")}
-    required = tables - optional - {"intra_node.nics"} | {"gpus_per_node"}
+    required = tables - optional - {"intra_node.nics"} | {"gpus_per_node"} | {f"host.{key}" for key in vars_of(Host)}
     assert required <= set(cluster.sources) <= required | optional
     assert cluster.nodes is None
     cluster.check_gpus(10**6)

@@ -101,7 +101,7 @@ def test_bad_choices_name_field_value_and_what_is_allowed(options: dict[str, Any
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tp", 2), ("pp", 4), ("interleave", 2), ("sequence_parallel", True), ("offload", "optimizer")],
+    [("tp", 2), ("pp", 4), ("interleave", 2), ("sequence_parallel", True)],
 )
 def test_what_the_engine_cannot_do_yet_is_refused_and_not_ignored(name: str, value: Any) -> None:
     assert name in ONLY_VALUE_SO_FAR

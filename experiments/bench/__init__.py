@@ -2,6 +2,7 @@
 
 collectives     our programs over sockets and shared memory against Gloo's own calls; many small tensors in one
 distance        how far ZeRO and DDP stray from one process
+offload         a step with state on the host and in files against one without; the drive against dd
 fsdp            FSDP2 and DDP, a whole step: on our backend, on Gloo, and without communication
 kills           kills at random moments of training and saving: nothing lost, and the losses of an uninterrupted run
 """
