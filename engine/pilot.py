@@ -96,6 +96,7 @@ class Pilot:
             self._child.wait(5.0)
         except subprocess.TimeoutExpired:
             self._child.kill()
+            self._child.wait(5.0)
 
 
 _pilots: list[Pilot] = []
