@@ -148,7 +148,7 @@ def _read_values(stock: Stock, held: Held, states: list[str]) -> dict[str, Any]:
         if key in stock.objects:
             scalars[key] = name
             continue
-        dtype = held.tensor.dtype if stock.dtypes[key] == saved else stock.dtypes[key]
+        dtype = held.unit.wide if stock.dtypes[key] == saved else stock.dtypes[key]
         values[name] = torch.empty(held.elements, dtype=dtype)
         regions[Region.range(key, held.first, held.elements, held.whole)] = values[name]
     for key, data in stock.read(regions, scalars).items():

@@ -403,9 +403,15 @@ def _redundancy(keys: Json, ranks: int, where: str) -> Redundancy:
             " would round them; allowed: outer = 'nesterov', or no compression"
         )
     try:
-        return resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)
+        redundancy = resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if zero.placement().moves and redundancy != Redundancy():
+        raise ValueError(
+            f"{where}: zero_optimization.offload_optimizer and offload_param do not go with mics_shard_size,"
+            " zero_hpz_partition_size or local_updates; allowed: one or the other"
+        )
+    return redundancy
 
 
 def _scheme(name: str | None, options: dict[str, Any], what: str, where: str) -> Scheme | None:

@@ -21,7 +21,7 @@ from .optim import FUSED, Lamb, check_shardable
 from .partition import Part
 from .placement import Placement, offloaded
 from .tier import StateLayout, state_layout
-from .unit import FlatUnit, wide_dtype
+from .unit import FlatUnit, Piece, wide_dtype
 from .zero import ZeroRuntime, reduce_order
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Held:
         name: of the parameter.
         first, elements: the range, in elements of the parameter.
         whole: elements of the parameter.
-        tensor: [elements] what is stepped: a range of a unit's master, or of its shard if it is frozen.
+        unit, start: where the range begins in the shard of its unit.
+        tensor: [elements] what is stepped, a range of the unit's master (with no elements while that rests in a file);
+            None if it is frozen.
         group: number of the parameter group, -1 if it is frozen.
     """
 
@@ -58,7 +60,9 @@ class Held:
     first: int
     elements: int
     whole: int
-    tensor: Tensor
+    unit: FlatUnit
+    start: int
+    tensor: Tensor | None
     group: int
 
 
@@ -274,47 +278,66 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def held(self) -> Iterator[Held]:
         """Every range of a parameter that this rank keeps, those of frozen ones too; it takes all ranks to make all."""
         for unit in self.runtime.units:
-            kept = self._pieces.get(unit)
-            if kept is None:
-                kept = [(piece, unit.shard[piece.start : piece.stop]) for piece in unit.pieces()]
+            kept: dict[Piece, Tensor] = dict(self._pieces.get(unit, ()))
             names = {slot.parameter: slot.name for slot in unit.part.slots}
-            for piece, tensor in kept:
+            for piece in unit.pieces():
                 first = unit.bounds[0] + piece.start - unit.views[piece.parameter][0]
                 group = unit.group if unit.trainable else -1
                 whole = piece.parameter.numel()
-                yield Held(names[piece.parameter], first, tensor.numel(), whole, tensor, group)
+                length = piece.stop - piece.start
+                yield Held(names[piece.parameter], first, length, whole, unit, piece.start, kept.get(piece), group)
 
     def values(self, held: Held) -> dict[str, Any]:
-        """What is stepped under "parameter", and its state in the optimizer by name: living tensors, not copies.
+        """What is stepped under "parameter", and its state in the optimizer by name: living tensors, or what was read.
 
         Before the first step of a parameter it has no state. A state tensor has a value per element, or is a scalar.
         """
-        return {"parameter": held.tensor, **self.state.get(held.tensor, {})}
+        unit = held.unit
+        with unit.present():
+            mine = unit.own_values()[held.start : held.start + held.elements]
+            values = {"parameter": mine, **({} if held.tensor is None else self.state.get(held.tensor, {}))}
+            if unit.rest is None or not unit.rest.in_file:
+                return values
+            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     @torch.no_grad()
     def put(self, held: Held, values: Mapping[str, Any]) -> None:
         """Replace what `values` gives; state that it does not name is forgotten. Then call `publish`."""
-        held.tensor.copy_(values["parameter"])
-        self.state.pop(held.tensor, None)
+        unit = held.unit
+        if held.tensor is None:
+            mine = unit.own_values()
+            mine[held.start : held.start + held.elements].copy_(values["parameter"])
+            if unit.away is not None:
+                unit.away.store_down(mine)
+            return
+        with unit.present(changed=True):
+            held.tensor.copy_(values["parameter"])
+            self.state.pop(held.tensor, None)
+            state = self._placed(held, held.tensor, values)
+            if state:
+                self.state[held.tensor] = state
+            if unit.rest is not None:
+                unit.rest.keep(held.start, state)
+
+    def _placed(self, held: Held, tensor: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+        """State as the optimizer wants it: values per element where the parameter is, scalars where it reads them."""
         group = self.param_groups[held.group]
         # As torch.optim.Optimizer.load_state_dict: step counts stay on the host unless the step itself reads them.
         on_host = not (group.get("capturable") or group.get("fused") or self.kind in FUSED)
-        state = {
-            name: value.to(torch.device("cpu") if on_host and not value.dim() else held.tensor.device)
+        return {
+            name: value.to(torch.device("cpu") if on_host and not value.dim() else tensor.device)
             if isinstance(value, Tensor)
             else value
             for name, value in values.items()
             if name != "parameter"
         }
-        if state:
-            self.state[held.tensor] = state
 
     @torch.no_grad()
     def publish(self) -> None:
         """Masters have new values: let the parameters follow, as after a step. All ranks must take part."""
         for unit in self.runtime.units:
-            if unit.trainable and unit.master is not unit.shard:
-                unit.shard.copy_(unit.master)
+            if unit.trainable:
+                unit.show_master()
             unit.publish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

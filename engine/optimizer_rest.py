@@ -74,6 +74,11 @@ class OptimizerRest:
         self._bound.append((self.master, 0, self.elements))
         self.tiers.write_first(self._file, shard.to(dtype))
 
+    @property
+    def in_file(self) -> bool:
+        """Whether master and moments rest in a file."""
+        return self._file is not None
+
     # Gradients #
 
     def take(self, chunk: Tensor, add: bool) -> None:
@@ -199,8 +204,8 @@ class OptimizerRest:
             self.outgoing.copy_(values)
 
     @contextmanager
-    def present(self) -> Iterator[None]:
-        """Master and moments in host memory, to be read or changed by this thread; then back where they rest."""
+    def present(self, *, changed: bool = True) -> Iterator[None]:
+        """Master and moments in host memory, for this thread to read; if so `changed`, they go back to their file."""
         self.stepped.block()
         if self._file is None:
             yield
@@ -215,7 +220,8 @@ class OptimizerRest:
             yield
         finally:
             self._unbind()
-            self._written = slot.last = self.transfers.write(
-                Copy("to_nvme", self._file.nbytes, "optimizer state"), self._file, slot.buffer
-            )
+            if changed:
+                self._written = slot.last = self.transfers.write(
+                    Copy("to_nvme", self._file.nbytes, "optimizer state"), self._file, slot.buffer
+                )
             slot.holder = None

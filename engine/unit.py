@@ -4,6 +4,7 @@ They lie end to end in one buffer, padded to a multiple of the ranks; each `Para
 of it. Memory is freed by resizing the storage: views, and what autograd saved of them, stay valid for the next gather.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -244,14 +245,48 @@ class FlatUnit:
         self.arriving = group.all_gather(self.full, f"parameters of {self.label}")
         self.residency = Residency.GATHERING
 
+    def present(self, *, changed: bool = False) -> AbstractContextManager[None]:
+        """Inside, master and optimizer state have their values, wherever they rest; `changed` ones are kept."""
+        return nullcontext() if self.rest is None else self.rest.present(changed=changed)
+
+    def own_values(self) -> Tensor:
+        """[s] what the optimizer steps, or the frozen values: the living ones if they are here, else a copy.
+
+        Where they rest in a file, call it while they are `present`.
+        """
+        if self.trainable:
+            return self.master
+        if self.away is None:
+            return self.shard
+        values = torch.empty(self.away.elements, dtype=self.full.dtype, device=self.full.device)
+        self.away.copy_into(values)
+        return values
+
+    def show_master(self) -> None:
+        """The master was set: the shard takes its values, wherever both are."""
+        if self.rest is None:
+            self.renew()
+            return
+        with self.present():
+            values = self.master.to(self.full.device, self.full.dtype, copy=True)
+        if self.rest.outgoing is not self.rest.master and self.rest.outgoing is not self.rest.gradient:
+            self.rest.outgoing.copy_(values)  # what a late update will show
+        if self.away is not None:
+            self.away.store_down(values)
+        else:
+            self.shard.copy_(values)
+
     def gathered_master(self) -> Tensor:
         """[S] what the optimizer steps (or the frozen values), in full in a buffer of its own. All ranks take part."""
-        mine = self.master if self.trainable else self.shard
-        if not self.zero.optimizer:
-            return mine
         start, stop = self.bounds
-        flat = torch.empty(self.elements, dtype=mine.dtype, device=mine.device)
-        flat[start:stop].copy_(mine)
+        with self.present():
+            mine = self.own_values()
+            if not self.zero.optimizer and self.rest is None:
+                return mine
+            flat = torch.empty(self.elements, dtype=mine.dtype, device=self.full.device)
+            flat[start:stop].copy_(mine)
+        if not self.zero.optimizer:
+            return flat
         self.groups.shard.all_gather(flat, f"masters of {self.label}").wait()
         return flat
 

@@ -142,6 +142,42 @@ def test_random_states_and_statistics_of_each_rank_continue(two_ranks: World, fo
 
 # Other layouts #
 
+TIERS: dict[str, dict[str, Any]] = {
+    "host": {"offload_optimizer": {"device": "cpu"}},
+    "files": {"offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}},
+}
+
+
+def in_tiers(tiers: str, stage: int, folder: Path) -> dict[str, Any]:
+    """The section zero_optimization with state in those tiers, files in a folder."""
+    sections = {name: dict(section) for name, section in TIERS.get(tiers, {}).items()}
+    for section in sections.values():
+        if section["device"] == "nvme":
+            section["nvme_path"] = str(folder)
+    return {"zero_optimization": {"stage": stage, **sections}}
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@pytest.mark.parametrize("model", ["gpt", "frozen"])
+def test_what_rests_off_the_device_continues_with_the_same_bits(
+    two_ranks: World, folders: tuple[Path, Path], tmp_path: Path, model: str, tiers: str
+) -> None:
+    (files := tmp_path / "nvme").mkdir()
+    check_continuation(two_ranks, Run(model, stage=3, clip=0.3), folders, **in_tiers(tiers, 3, files))
+
+
+def test_any_tier_loads_any_other(two_ranks: World, tmp_path: Path) -> None:
+    (files := tmp_path / "nvme").mkdir()
+    run = Run("tied", steps=4)
+    for step, tiers in enumerate(("files", "device", "host", "files"), 1):
+        overrides = in_tiers(tiers, 3, files)
+        outcomes = two_ranks.run(train_overridden, run, str(tmp_path / "ck"), step, overrides)
+    expected = train_alone(run)
+    for _, parameters in outcomes:
+        for name, wanted in expected.parameters.items():
+            assert float((parameters[name] - wanted).norm()) <= TOLERANCE * max(1.0, float(wanted.norm())), name
+
+
 CHAINS = [
     ("tied", "grouped", [(3, 2), (1, 4), (0, 3)]),
     ("one element", "AdamW", [(3, 4), (2, 3), (3, 2)]),
