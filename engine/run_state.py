@@ -121,16 +121,16 @@ def check_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
 
 def layout(engine: "Engine") -> list[Any]:
     """What must be equal for a rank's own state to mean the same."""
-    return [engine.settings.zero.stage, *((unit.label, unit.elements) for unit in engine.runtime.units)]
+    mesh = engine.settings.redundancy.mesh(engine.communicator.world)
+    return [engine.settings.zero.stage, *mesh.axes, *((unit.label, unit.elements) for unit in engine.runtime.units)]
 
 
 def rank_record(engine: "Engine", own_buffers: Mapping[str, Tensor]) -> dict[str, Any]:
-    communicator = engine.communicator
     return {
         "layout": layout(engine),
         "python": random.getstate(),
         "torch": random_states(engine.device),
-        "communicator": communicator.state_dict() if isinstance(communicator, CompressedCommunicator) else None,
+        "communicators": [communicator.state_dict() for communicator in _compressed(engine)],
         "buffers": {name: tensor.detach().cpu() for name, tensor in own_buffers.items()},
     }
 
@@ -138,6 +138,11 @@ def rank_record(engine: "Engine", own_buffers: Mapping[str, Tensor]) -> dict[str
 def restore_rank(engine: "Engine", saved: Mapping[str, Any]) -> None:
     random.setstate(saved["python"])
     set_random_states(saved["torch"], engine.device)
-    same = saved["layout"] == layout(engine)
-    if same and isinstance(engine.communicator, CompressedCommunicator) and saved["communicator"] is not None:
-        engine.communicator.load_state_dict(saved["communicator"], engine.device)
+    communicators = _compressed(engine)
+    if saved["layout"] == layout(engine) and len(communicators) == len(saved["communicators"]):
+        for communicator, state in zip(communicators, saved["communicators"], strict=True):
+            communicator.load_state_dict(state, engine.device)
+
+
+def _compressed(engine: "Engine") -> list[CompressedCommunicator]:
+    return [group for group in engine.groups.each() if isinstance(group, CompressedCommunicator)]
