@@ -16,6 +16,7 @@ tiers       a cluster seen by a collective: latency and bandwidth per tier; the 
 costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
+recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
 trace       what one rank did in a training step: segments of ops, calls of segments, repetition
 trace_file  a trace as JSON, and back
 """

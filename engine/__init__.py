@@ -20,6 +20,10 @@ partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
 local_updates   ranks that step by themselves and agree now and then
+recompute       activations are computed again in backward instead of being kept
+keeping         which results of a block are kept all the same; describes a block
+shelf           where a block's saved inputs rest: in place, in one buffer, on the host, in parts
+activation_section  the config's section for the three
 optim           optimizers by name: torch's that go with shards, Lion, LAMB
 optimizer       an optimizer on shards: loss scale, clipping, skipped steps
 loss_scale      the loss scale as a state machine

@@ -15,6 +15,7 @@ from ..collectives.algorithms import KINDS, algorithm
 from ..collectives.tiers import Tier
 from ..collectives.zero import Zero
 from ..reading import STRICT, read_into
+from .activation_section import ActivationSection
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
 from .dialect import translated
 from .mesh import Mesh
@@ -243,6 +244,7 @@ class Json:
     communication_compression: CompressionSection = CompressionSection()
     communication: Communication = Communication()
     local_updates: LocalUpdates | None = None
+    activation_checkpointing: ActivationSection = field(default_factory=ActivationSection)
     seed: int = 1234
     dp_size: int | None = None
     mp_size: int = 1
@@ -263,6 +265,7 @@ class Config:
         buffers: how large what is not a shard may grow.
         redundancy: what is kept more than once.
         placement: where shards rest, if not on the device.
+        activations: what is computed again in backward.
     """
 
     zero: Zero
@@ -280,6 +283,7 @@ class Config:
     data_loading: DataLoading = field(default_factory=DataLoading)
     monitoring: Monitoring = field(default_factory=Monitoring)
     placement: Placement = field(default_factory=Placement)
+    activations: ActivationSection = field(default_factory=ActivationSection)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
@@ -330,6 +334,7 @@ class Config:
             data_loading=DataLoading.of(keys.data_loader, drop_last=keys.dataloader_drop_last),
             monitoring=Monitoring.of(keys, where),
             placement=keys.zero_optimization.placement(),
+            activations=keys.activation_checkpointing,
         )
 
 

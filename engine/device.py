@@ -134,6 +134,29 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.get_device_module(device.type).set_rng_state(states[device.type], device)
 
 
+class CopyStream:
+    """Copies to the host that run beside the computation on a GPU; at once on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, target: Tensor, source: Tensor) -> "torch.cuda.Event | None":
+        """Start to copy what `source` has when the computation issued so far has ended."""
+        if self._stream is None or source.device == target.device:
+            target.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            source.record_stream(self._stream)
+            return self._stream.record_event()
+
+    def wait(self, started: "torch.cuda.Event | None") -> None:
+        """The computation issued from here on comes after the copy."""
+        if started is not None:
+            torch.cuda.current_stream().wait_event(started)
+
+
 def transfers_for(device: torch.device, communicator: Communicator, timeout_s: float, *, pin: bool) -> Transfers:
     """What moves bytes between `device`, host and files.
 

@@ -95,6 +95,8 @@ REFUSED: dict[str, str] = {
     "compile": "compile the model with torch.compile before initialize",
     "sparse_gradients": "embeddings' gradients are dense",
     "vocabulary_size": "nothing depends on it",
+    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing waits at the edge of a block",
+    "activation_checkpointing.profile": "windtunnel simulate shows what recomputation costs",
     "zero_optimization.zenflow": "updates are not split by importance",
     "zero_optimization.leaf_module": "pass units=[...] to initialize to say what is gathered together",
 }

@@ -26,6 +26,7 @@ from .optim import unsharded
 from .optimizer import ShardedOptimizer, layouts
 from .partition import partition
 from .queries import Queries, of_module
+from .recompute import recompute_blocks
 from .sampling import Share
 from .scheduler import scheduler_for
 from .tier import Tiers
@@ -169,6 +170,7 @@ class Engine(Queries, nn.Module):
         groups: what its collectives span.
         local_updates: lets ranks step by themselves; None where they step together.
         communicator: all ranks.
+        recompute: what its blocks compute again in backward; None for nothing.
     """
 
     def __init__(
@@ -221,6 +223,14 @@ class Engine(Queries, nn.Module):
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
             trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
+        self.recompute = recompute_blocks(
+            model,
+            blocks,
+            settings.activations,
+            model_device(model),
+            visit=self.runtime.visiting,
+            observer=communicator.observer,
+        )
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False

@@ -15,6 +15,17 @@ aten = torch.ops.aten
 # Operators that start no kernel although they make tensors: the memory is left as it is.
 NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"})
 
+ATTENTION = frozenset(
+    {
+        "attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    }
+)
+"""Forward of fused attention: ours on `sim`, torch's elsewhere. Query and key come first."""
+
 # Operators that read of their first operand only as much as they write.
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
 
@@ -33,7 +44,7 @@ def describe(
     name = function.overloadpacket.__name__
     if name in NO_KERNEL or function.namespace in ("prim", "profiler"):
         return None
-    mutated = _mutated(function, operands, arguments)
+    mutated = mutated_operands(function, operands, arguments)
     sources = {id(tensor.untyped_storage()) for tensor in operands}
     fresh = [tensor for tensor in results if id(tensor.untyped_storage()) not in sources]
     if not fresh and not mutated:
@@ -52,7 +63,7 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _mutated(function: Any, operands: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+def mutated_operands(function: Any, operands: Sequence[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
     """The operands that the operator writes to, as its schema says; `out=` comes last among the operands."""
     targets: list[Tensor] = []
     for position, argument in enumerate(function._schema.arguments):
@@ -81,7 +92,7 @@ def _arithmetic(name: str, arguments: Sequence[Any], results: Sequence[Tensor]) 
         case "bmm" | "baddbmm":
             left, right = arguments[-2:]
             shape = (left.shape[0], left.shape[1], right.shape[2], left.shape[2])
-        case "attention":
+        case _ if name in ATTENTION:
             return (
                 "attention",
                 _attention_flops(arguments[0], arguments[1], matmuls=2),

@@ -57,6 +57,8 @@ def register() -> None:
     # Above autograd, so that it holds in recomputation too, where modes of the forward are not active.
     _library.impl("scaled_dot_product_attention", _fused_attention, "AutogradPrivateUse1")
     sim_autocast.register(NAME)
+    for name in ("silu_backward", "mish_backward"):  # one kernel on CPU and CUDA; taken apart where there is none
+        _library.impl(name, _one_operator, "PrivateUse1")
     _library.impl("_fused_sgd_", _in_place, "Meta")  # torch has shapes for the fused Adams, not for SGD
     # Errors that unwind through a device thread of autograd abort the process; in the calling thread they are raised.
     torch.autograd.set_multithreading_enabled(False)
@@ -64,6 +66,11 @@ def register() -> None:
 
 def _in_place(*_: Any, **__: Any) -> None:
     """The shapes of an operator that writes to its operands and returns nothing."""
+
+
+def _one_operator(*_: Any, **__: Any) -> Tensor:
+    """Stands where other devices have a kernel. Fake tensors have shapes before this is reached."""
+    raise NotImplementedError("the sim device computes nothing")
 
 
 _library = torch.library.Library("aten", "IMPL")

@@ -12,6 +12,7 @@ Where nothing is sharded, the same calls find nothing to do.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -214,6 +215,24 @@ class ZeroRuntime:
             if ahead > self.buffers.ahead_elements:
                 return
             unit.fetch()
+
+    @contextmanager
+    def visiting(self, module: nn.Module) -> Iterator[None]:
+        """Have the module's units here while it is computed again. Those that only came for this are freed afterwards.
+
+        Backward has brought them when it reached the module's output, unless it is at a later block of a segment.
+        """
+        units = self._of.get(module, [])
+        absent = [unit for unit in units if unit.residency is Residency.SHARDED]
+        for unit in absent:
+            unit.gather(again=True)
+        for unit in units:
+            unit.arrive()
+        try:
+            yield
+        finally:
+            for unit in absent:
+                unit.free()
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         self._begin_backward()

@@ -24,6 +24,7 @@ curves       bus bandwidth of all-reduce against size: priced, published, measur
 timing       measures them, on all ranks at once
 primitives   which operators, products and modules are measured
 models       a transformer as numbers: the catalogue, model files, parameter and flop counts
+witness      what the allocator did in a real step, beside the simulator's peak
 transformer  the module that those numbers describe, in plain torch
 corpus       real text that every machine has: the standard library's own source, as bytes
 listings     the catalogues as entries and tables

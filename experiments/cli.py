@@ -65,7 +65,12 @@ def simulate(
     ] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's.", show_default=False)] = None,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With tensor parallelism.")] = False,
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    recompute: Annotated[
+        str | None, typer.Option(help="none, selective, full or budget; none.", show_default=False)
+    ] = None,
+    recompute_budget: Annotated[
+        int | None, typer.Option(help="Bytes of activations that a rank may keep.", show_default=False)
+    ] = None,
     offload: Annotated[str, typer.Option(help="none, optimizer or parameters.")] = "none",
     offload_to: Annotated[str, typer.Option(help="host or nvme.")] = "host",
     precision: Annotated[
@@ -86,8 +91,8 @@ def simulate(
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
-        "recompute": recompute, "offload": offload, "offload_to": offload_to, "precision": precision,
-        "fidelity": fidelity,
+        "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
+        "precision": precision, "fidelity": fidelity,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..collectives.zero import Zero
-from ..reading import nearest
+from ..engine.activation_section import ActivationSection
+from ..reading import nearest, read_into
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
 from .models import ModelSpec
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full", "budget")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 SAID_BY_OPTIONS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization.stage", "bf16.enabled", "fp16.enabled",
+    "zero_optimization.stage", "bf16.enabled", "fp16.enabled", "activation_checkpointing.policy",
+    "activation_checkpointing.budget_bytes",
 )  # fmt: skip
 """Keys of a DeepSpeed file that options say in full."""
 
@@ -46,7 +48,8 @@ class Options:
     global_batch: int | None = None
     seq: int | None = None
     sequence_parallel: bool = False
-    recompute: str = "none"
+    recompute: str | None = None
+    recompute_budget: int | None = None
     offload: str = "none"
     offload_to: str = "host"
     precision: str | None = None
@@ -75,6 +78,7 @@ class Layout:
     seq: int
     sequence_parallel: bool
     recompute: str
+    recompute_budget: int | None
     offload: str
     offload_to: str
     precision: str
@@ -108,7 +112,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
     seq = options.seq or model.seq
     if seq > model.seq and model.positions == "learned":
         refuse("seq", seq, f"at most {model.seq}, the learned positions of {model.name}")
-    return Layout(
+    layout = Layout(
         model=model.name,
         cluster=cluster.name,
         gpus=gpus,
@@ -123,7 +127,8 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         accumulation=accumulation,
         seq=seq,
         sequence_parallel=options.sequence_parallel,
-        recompute=options.recompute,
+        recompute=options.recompute or "none",
+        recompute_budget=options.recompute_budget,
         offload=options.offload,
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
@@ -131,6 +136,8 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         clip=options.clip,
         engine=options.engine,
     )
+    read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
+    return layout
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
@@ -141,7 +148,7 @@ def refuse(name: str, value: object, allowed: str) -> NoReturn:
 def _check(options: Options) -> None:
     """What can be said of each option by itself."""
     choices = {
-        "recompute": RECOMPUTE,
+        "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
         "precision": (*PRECISIONS, None),
         "schedule": ("1f1b",),
@@ -227,6 +234,8 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
         engine=json.dumps(_without_offload(said) if given.offload != "none" else said),
         offload=offload,
         offload_to=offload_to,
+        recompute=given.recompute or config.activations.policy,
+        recompute_budget=_budget(given, config.activations),
     )
 
 
@@ -243,6 +252,12 @@ def _without_offload(keys: dict[str, Any]) -> dict[str, Any]:
     """What a file says, but for where state rests: the command line says that."""
     zero = {name: value for name, value in keys.get("zero_optimization", {}).items() if name not in OFFLOAD_KEYS}
     return {**keys, "zero_optimization": zero}
+
+
+def _budget(given: Options, section: ActivationSection) -> int | None:
+    """The budget of recomputation; the file's only with its policy."""
+    wanted = given.recompute in (None, "budget")
+    return section.budget_bytes if given.recompute_budget is None and wanted else given.recompute_budget
 
 
 def _rest(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -264,6 +279,7 @@ def engine_config(layout: Layout) -> dict[str, Any]:
         "zero_optimization": {**_offload_sections(layout, keys), "stage": layout.zero},
         "bf16": {"enabled": layout.precision == "bf16"},
         "fp16": {"enabled": layout.precision == "fp16"},
+        "activation_checkpointing": {"policy": layout.recompute, "budget_bytes": layout.recompute_budget},
     }
     return {
         "optimizer": ADAMW,

@@ -72,24 +72,22 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
         world=layout.dp,
         micro_batch=layout.micro_batch,
         seq=layout.seq,
-        recompute=layout.recompute,
         accumulation=layout.accumulation,
         engine=json.dumps(engine_config(layout)),
     )
 
 
 @lru_cache(maxsize=64)
-def _flight(
-    spec: ModelSpec, *, world: int, micro_batch: int, seq: int, recompute: str, accumulation: int, engine: str
-) -> Trace:
+def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumulation: int, engine: str) -> Trace:
     config = json.loads(engine)
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
     # Where a share of the units rests elsewhere, two blocks that are alike do not stand for all.
     partly = config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0
-    shallow = spec if partly else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
+    counted = partly or _counts_blocks(config["activation_checkpointing"])
+    shallow = spec if counted else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": shallow, "recompute": recompute, "batch": micro_batch, "seq": seq},
+        arguments={"spec": shallow, "batch": micro_batch, "seq": seq},
         config=config,
         world=world,
         micro_steps=accumulation,
@@ -106,6 +104,12 @@ def computes_in(layout: Layout) -> str:
     """The precision of the matmuls, whose peak utilisation is measured against: that of autocast where it is on."""
     autocast = json.loads(layout.engine).get("torch_autocast", {})
     return AUTOCAST_FORMATS[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else layout.precision
+
+
+def _counts_blocks(activations: Mapping[str, Any]) -> bool:
+    """Whether a block does what it does because of how many there are; then a shallow model does not stand for it."""
+    whole = activations.get("contiguous_memory_optimization", False) or activations["policy"] == "budget"
+    return whole or activations.get("every", 1) != 1
 
 
 def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:

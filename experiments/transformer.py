@@ -11,17 +11,12 @@ is really trained. Until then a model on a real device computes with whatever it
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .models import ModelSpec
-
-RECOMPUTE = ("none", "selective", "full")
 
 ROPE_BASE = 10_000.0
 """Wavelengths of rotary positions, Su et al. 2021, section 3.2.2. Llama 3 takes 500,000: other angles, same cost."""
@@ -124,23 +119,18 @@ class Transformer(nn.Module):
 
     Args:
         spec: the sizes and variants.
-        recompute: what backward computes again instead of keeping it from forward: "none"; "full", each block from
-            its input; "selective", all of a block but its matrix products and attention (the costly results are kept).
 
     Raises:
-        ValueError: an unknown `recompute`, or a spec with experts.
+        ValueError: a spec with experts.
     """
 
     rope: Tensor | None
     alibi: Tensor | None
 
-    def __init__(self, spec: ModelSpec, recompute: str = "none") -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         spec.require_dense()
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute = {recompute!r} must be one of {', '.join(map(repr, RECOMPUTE))}")
         self.spec = spec
-        self.recompute = recompute
         self.embedding = Embedding(spec.vocab, spec.hidden)
         self.positions = Embedding(spec.seq, spec.hidden) if spec.positions == "learned" else None
         self.blocks = nn.ModuleList([Block(spec) for _ in range(spec.layers)])
@@ -168,34 +158,13 @@ class Transformer(nn.Module):
         rope_2SE = None if self.rope is None else self.rope[:, :S].to(x_BSD.dtype)
         bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
         for block in self.blocks:
-            x_BSD = self._run(block, x_BSD, rope_2SE, bias_1HSS)
+            x_BSD = block(x_BSD, rope_2SE, bias_1HSS)
         head = self.embedding if self.head is None else self.head
         logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
         if targets_BS is None:
             return logits_BSV
         wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
         return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if self.recompute == "none":
-            return block(*inputs)
-        # A block has no dropout, so there is no random state worth saving.
-        again = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return again() if self.recompute == "full" else again(context_fn=keep_costly_results)
-
-
-MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
-
-
-def keep_costly_results() -> Any:
-    """Contexts for `checkpoint` that keep matrix products and attention, and compute the rest again."""
-    return create_selective_checkpoint_contexts(_selective_policy)
-
-
-def _selective_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # Attention goes by its name: each backend has its own operator, and a recorder may put in one more.
-    costly = op in MATMULS or "attention" in str(op)
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def rope_table(seq: int, head_size: int) -> Tensor:
@@ -259,13 +228,11 @@ def initialize_weights(model: Transformer, seed: int) -> None:
             model.alibi.copy_(alibi_bias(model.spec.heads, model.spec.seq, model.spec.attention == "causal"))
 
 
-def for_flight(
-    spec: ModelSpec, recompute: str, batch: int, seq: int
-) -> tuple[Transformer, Callable[[], tuple[Tensor, Tensor]]]:
+def for_flight(spec: ModelSpec, batch: int, seq: int) -> tuple[Transformer, Callable[[], tuple[Tensor, Tensor]]]:
     """What a flight needs (engine/pilot.py): the model, and a function that makes tokens and targets [batch, seq]."""
 
     def make_batch() -> tuple[Tensor, Tensor]:
         tokens = torch.empty(batch, seq, dtype=torch.int64)
         return tokens, torch.empty_like(tokens)
 
-    return Transformer(spec, recompute), make_batch
+    return Transformer(spec), make_batch

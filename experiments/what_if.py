@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
     "zero_optimization": {"stage": 3},
     "bf16": {"enabled": True},
     "gradient_clipping": 1.0,
+    "activation_checkpointing": {"policy": "full"},
 }
 """ZeRO-3 in bf16 with AdamW: two micro-steps of two sequences on each of 64 GPUs, whole blocks recomputed."""
 
@@ -76,6 +77,11 @@ VARIANTS = (
     Variant({"zero_optimization": {"zero_quantized_gradients": True}}),
     Variant({"zero_optimization": {"mics_shard_size": 8}}),
     Variant({"zero_optimization": {"zero_hpz_partition_size": 8}}),
+    Variant({"activation_checkpointing": {"policy": "none"}}),
+    Variant({"activation_checkpointing": {"policy": "selective"}}),
+    Variant({"activation_checkpointing": {"policy": "budget", "budget_bytes": 20_000_000_000}}),
+    Variant({"activation_checkpointing": {"every": 2}}),
+    Variant({"activation_checkpointing": {"contiguous_memory_optimization": True}}),
     Variant({"communication_compression": {"gradients": "int8"}}),
     Variant({"communication_compression": {"parameters": "int8"}}),
     Variant({"communication": {"algorithms": {"all_gather": "ring", "reduce_scatter": "ring"}}}),
@@ -103,6 +109,9 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "communication_compression.min_elements": "small buffers travel as they are",
     "communication.transport": "measured in experiments/bench/results/collectives.csv",
     "communication.tiers": "the choice between algorithms alone",
+    "activation_checkpointing.partition_activations": "nothing with one tensor-parallel rank",
+    "activation_checkpointing.cpu_checkpointing": "copies of activations to the host are not simulated",
+    "activation_checkpointing.number_checkpoints": "memory, by the number of places",
     "dp_size": "nothing: it is checked",
     "mp_size": "nothing: it is checked",
     "pipeline_size": "nothing: it is checked",
@@ -152,7 +161,7 @@ def rows(variants: Iterable[Variant] = VARIANTS, say: Say = lambda line: None) -
 
 
 def simulated(variant: Variant) -> StepResult:
-    return simulate(MODEL, CLUSTER, gpus=GPUS, recompute="full", config=variant.config())
+    return simulate(MODEL, CLUSTER, gpus=GPUS, config=variant.config())
 
 
 def _row(number: int, variant: Variant, result: StepResult, base: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_every_kernel_of_a_flight_has_a_primitive(
     spec = replace(load_model("gpt-demo"), layers=2)
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": spec, "recompute": "none", "batch": 2, "seq": spec.seq},
+        arguments={"spec": spec, "batch": 2, "seq": spec.seq},
         config={
             "zero_optimization": {"stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},

@@ -38,8 +38,9 @@ def flight(
 ) -> Trace:
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": spec, "recompute": recompute, "batch": BATCH, "seq": spec.seq},
+        arguments={"spec": spec, "batch": BATCH, "seq": spec.seq},
         config={
+            "activation_checkpointing": {"policy": recompute},
             "zero_optimization": {"stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
             **config,

@@ -28,8 +28,8 @@ def test_the_defaults_of_the_contract() -> None:
     assert asdict(layout) == {
         "model": "gpt2", "cluster": "dgx-a100", "gpus": 32, "dp": 32, "tp": 1, "pp": 1, "interleave": 1,
         "schedule": "1f1b", "zero": 0, "micro_batch": 1, "global_batch": 32, "accumulation": 1, "seq": 1024,
-        "sequence_parallel": False, "recompute": "none", "offload": "none", "offload_to": "host",
-        "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "engine": "{}",
+        "sequence_parallel": False, "recompute": "none", "recompute_budget": None, "offload": "none",
+        "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "engine": "{}",
     }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_parallel_sizes_are_at_least_one(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recompute": "ful"}, "recompute = ful; allowed: none, selective, full; did you mean 'full'?"),
+        ({"recompute": "ful"}, "recompute = ful; allowed: none, selective, full, budget; did you mean 'full'?"),
         ({"fidelity": "event"}, "fidelity = event; allowed: closed_form, events; did you mean 'events'?"),
         ({"precision": "bf61"}, "precision = bf61; allowed: fp32, bf16, fp16; did you mean 'bf16'?"),
         ({"schedule": "gpipe"}, "schedule = gpipe; allowed: 1f1b"),
@@ -118,6 +118,18 @@ def test_longer_sequences_where_positions_are_computed() -> None:
     assert resolve(Options(seq=2 * llama.seq), replace(llama, positions="none"), A100).seq == 2 * llama.seq
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute": "budget"}, "recompute: policy = 'budget' without budget_bytes"),
+        ({"recompute_budget": 7}, "recompute: budget_bytes = 7 with policy = 'none'"),
+        ({"recompute": "full", "recompute_budget": 7}, "recompute: budget_bytes = 7 with policy = 'full'"),
+    ],
+)
+def test_a_budget_goes_with_its_policy(options: dict[str, Any], message: str) -> None:
+    refused(message, **options)
+
+
 # DeepSpeed's JSON #
 
 
@@ -133,11 +145,13 @@ FILE = """{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3
 
 def test_a_file_fills_in_what_was_not_given(tmp_path: Path) -> None:
     found = from_deepspeed(write(tmp_path, FILE), Options(gpus=4))
-    assert found == Options(gpus=4, zero=2, micro_batch=2, global_batch=24, precision="fp16", clip=0.5)
+    assert found == Options(
+        gpus=4, zero=2, micro_batch=2, global_batch=24, precision="fp16", clip=0.5, recompute="none"
+    )
 
 
 def test_what_was_given_wins(tmp_path: Path) -> None:
-    given_options = Options(dp=4, zero=0, micro_batch=1, global_batch=8, precision="bf16", clip=2.0)
+    given_options = Options(dp=4, zero=0, micro_batch=1, global_batch=8, precision="bf16", clip=2.0, recompute="full")
     assert from_deepspeed(write(tmp_path, FILE), given_options) == given_options
 
 
@@ -167,8 +181,9 @@ def test_the_engine_that_is_flown_honours_the_rest_of_the_file() -> None:
         "fp16": {"enabled": True, "loss_scale": 128.0},
         "bf16": {"enabled": False},
         "communication": {"transport": "sockets"},
+        "activation_checkpointing": {"policy": "budget", "budget_bytes": 5, "contiguous_memory_optimization": True},
     }
-    layout = resolve(from_deepspeed(data, Options(gpus=4, zero=2, precision="bf16")), GPT, A100)
+    layout = resolve(from_deepspeed(data, Options(gpus=4, zero=2, precision="bf16", recompute="full")), GPT, A100)
     assert engine_config(layout) == {
         "gradient_clipping": 0.5,
         "optimizer": data["optimizer"],
@@ -176,5 +191,6 @@ def test_the_engine_that_is_flown_honours_the_rest_of_the_file() -> None:
         "fp16": {"enabled": False, "loss_scale": 128.0},
         "bf16": {"enabled": True},
         "communication": {"transport": "sockets"},
+        "activation_checkpointing": {"policy": "full", "budget_bytes": None, "contiguous_memory_optimization": True},
     }
     assert engine_config(resolve(Options(), GPT, A100))["optimizer"] == ADAMW

@@ -225,7 +225,7 @@ def flown() -> Trace:
     """Two micro-steps of a small GPT under ZeRO 3 on 32 ranks."""
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": load_model("gpt-demo"), "recompute": "none", "batch": 2, "seq": 64},
+        arguments={"spec": load_model("gpt-demo"), "batch": 2, "seq": 64},
         config={"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
         world=32,
         micro_steps=2,
