@@ -110,9 +110,9 @@ class Checkpoints:
         engine = self.engine
         if engine.device.type == "sim":
             raise ValueError(f"{call}: a model on the sim device has shapes and no values; use cpu or cuda")
-        if engine.runtime.micro_step:
+        if begun := engine.runtime.micro_step + bool(engine.runtime.backwards):
             raise ValueError(
-                f"{call} after micro-step {engine.runtime.micro_step} of {engine.settings.accumulation}: the gradients"
+                f"{call} after micro-step {begun} of {engine.settings.accumulation}: the gradients"
                 " accumulated so far would be lost; do it after the engine.step() that ends the batch"
             )
         if engine.local_updates is not None and not engine.local_updates.agreed:

@@ -154,8 +154,8 @@ def _narrow_buffers(model: nn.Module, settings: Config) -> None:
 class Engine(Queries, nn.Module):
     """A model in training: `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
-    Every `backward` is a micro-step and is followed by `step`, which steps the optimizer at the last of
-    `gradient_accumulation_steps` and does nothing before.
+    `step` ends a micro-step: it steps the optimizer at the last of `gradient_accumulation_steps` and does nothing
+    before. A micro-step has one `backward` as a rule; the gradients of several add up, as in torch.
 
     Attributes:
         module: the user's model; what the engine itself does not have is looked up there.
@@ -264,17 +264,24 @@ class Engine(Queries, nn.Module):
         cast = self.settings.formats.autocast
         return nullcontext() if cast == "off" else torch.autocast(self.device.type, DTYPES[cast])
 
-    def backward(self, loss: Any) -> None:
-        """Backward of one micro-step. The mean over ranks and micro-steps is taken as gradients arrive, not here.
+    def backward(self, loss: Any, *, more: bool = False, retain_graph: bool = False) -> None:
+        """Backward of a loss. The mean over ranks and micro-steps is taken as gradients arrive, not here.
 
         Args:
             loss: a scalar tensor, or what a model returned with one in it (engine/loss.py).
+            more: another backward follows in this micro-step, whose gradients add to these. Needed with accumulation,
+                where that would pass for the next micro-step; else optional, and a reduction less at ZeRO 0 and 1.
+            retain_graph: keep the graph for that other backward.
+
+        Raises:
+            RuntimeError: a backward follows another one without `step` between, with accumulation and without `more`.
         """
         loss = loss_of(loss)
         if self.monitor is not None:
             self.monitor.took(loss)
+        self.runtime.announced = more
         with self._timed("backward"):
-            self.scale_loss(loss).backward()
+            self.scale_loss(loss).backward(retain_graph=retain_graph)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """What `backward` may be called on: `loss` times the loss scale, which is `loss` itself where that is 1."""
@@ -302,10 +309,9 @@ class Engine(Queries, nn.Module):
         That is for fp16, compressed communication and bf16 (`check_grad_overflow`); elsewhere such a step is taken.
         New parameters travel between ranks until the next forward, or `state_dict`, or `settle` waits for them.
         """
-        if self.runtime.micro_step == 0:
-            raise RuntimeError("engine.step() without a backward before it: nothing has been accumulated")
+        last = self.runtime.end_micro_step()
         self.micro_steps += 1
-        if self.runtime.micro_step < self.settings.accumulation:
+        if not last:
             return
         rate = self.optimizer.param_groups[0]["lr"]
         with self._timed("step"):

@@ -346,9 +346,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: after a backward and before its step, where gradients would be lost.
         """
-        if self.runtime.micro_step:
+        if accumulated := self.runtime.micro_step + bool(self.runtime.backwards):
             raise RuntimeError(
-                f"zero_grad() after {self.runtime.micro_step} of {self.runtime.accumulation} micro-steps would drop"
+                f"zero_grad() after {accumulated} of {self.runtime.accumulation} micro-steps would drop"
                 " their gradients; call it after the step, or not at all"
             )
 

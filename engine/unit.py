@@ -64,6 +64,8 @@ class FlatUnit:
             the secondary group; [0] where there is no such group.
         rest: master and gradient shard, if they rest off the device.
         away: the shard of the parameters, if it rests off the device.
+        kept: [s] what was reduced before another backward of the same step began, where it must not be reduced again.
+        between_replicas: whether the gradient shard is summed over replicas already.
     """
 
     rest: OptimizerRest | None = None
@@ -93,6 +95,8 @@ class FlatUnit:
         self.residency = Residency.GATHERED
         self.arriving: Handle | None = None
         self.seen: set[nn.Parameter] = set()
+        self.kept: Tensor | None = None
+        self.between_replicas = False
         self._lay_out(dtype)
         self._gradient_dtype = gradient_dtype or dtype
 
@@ -352,6 +356,20 @@ class FlatUnit:
                 view.copy_(gradient).mul_(scale)
         self.seen.add(parameter)
 
+    def keep_reduced(self) -> None:
+        """Before another backward: set apart what is reduced already, so that it is not reduced again."""
+        if self.shard_filled and (self.between_replicas or not self.zero.gradients):
+            with self.observer.category("gradients"):
+                self.kept = self.gradient_shard.clone()
+            self.forget_gradients()
+
+    def add_kept(self) -> None:
+        """After another backward: put back what was set apart."""
+        if self.kept is not None:
+            with torch.no_grad():
+                self.gradient_shard.add_(self.kept)
+            self.kept, self.shard_filled = None, True
+
     def fill_unseen(self) -> None:
         """Zeros where no gradient came: in parameters that were not used, and in the padding."""
         if self.gradient.untyped_storage().size() == 0:
@@ -379,6 +397,7 @@ class FlatUnit:
         """
         if not self.zero.optimizer:
             return DONE
+        self.between_replicas = self.groups.replica.world > 1
         return self.groups.replica.all_reduce(self.gradient_shard, f"gradient shards of {self.label}")
 
     def gradient_norm(self, dtype: torch.dtype) -> Tensor:
@@ -394,6 +413,7 @@ class FlatUnit:
         if self.rest is not None:
             self.rest.take(chunk, add=self.shard_filled)
         if not self.zero.gradients:
+            self.shard_filled = True
             return
         if self.rest is None:
             with torch.no_grad():
@@ -408,7 +428,7 @@ class FlatUnit:
     def forget_gradients(self) -> None:
         """The step is taken: the next gradient overwrites instead of adding."""
         self.seen.clear()
-        self.shard_filled = False
+        self.shard_filled = self.between_replicas = False
 
     def drop_gradients(self) -> None:
         """The step is not taken: nothing of its gradients stays, not even in the padding that nobody overwrites."""

@@ -44,6 +44,15 @@ BOUNDLESS = Buffers()
 # sees at the same place. Autograd runs later-made nodes first, so by then the unit's gradients are all here.
 
 
+# [Note: several backwards in a micro-step]
+# Two losses, or two pairs of forward and backward, between two steps: in torch their gradients add, so they do here.
+# `engine.step` ends a micro-step; until then each further backward is reduced by itself and added to what is reduced.
+# With accumulation nobody could tell a second loss from a second micro-step whose `step` was forgotten, and the two
+# mean different sums: there it must be announced. A backward over a graph that an earlier one went through already may
+# reach a module any number of times, so what was not called anew is reduced at its end. So is what ran in training mode
+# without a graph: a reentrant checkpoint will run it again inside backward, any number of times.
+
+
 def reduce_order(part: Part) -> tuple[int, int]:
     """Sorts units by their parts into the order in which every rank reduces them."""
     return -part.block if part.block >= 0 else 1, -part.number
@@ -56,6 +65,9 @@ class ZeroRuntime:
         units: in the order of the forward pass as far as registration tells it, the root's first.
         used: parameters that got a gradient since the last optimizer step, on this rank.
         host_steps: steps units off the device, if any rest there.
+        micro_step: how many micro-steps `end_micro_step` has ended since the last optimizer step.
+        backwards: how many backwards have ended in this micro-step.
+        announced: whether the next backward will be followed by another one of the same micro-step.
     """
 
     def __init__(
@@ -72,6 +84,8 @@ class ZeroRuntime:
         self.accumulation, self.buffers = accumulation, buffers
         self.observer: Observer = groups.everyone.observer
         self.micro_step = 0
+        self.backwards = 0
+        self.announced = False
         self.used: set[nn.Parameter] = set()
         self.host_steps: HostSteps | None = None
         self._owners: list[nn.Module] = [model, *blocks]
@@ -85,10 +99,15 @@ class ZeroRuntime:
         self._reduce_order = sorted(trainable, key=lambda unit: reduce_order(unit.part))
         self._unit_of = {parameter: unit for unit in trainable for parameter in unit.parameters}
         self._backward_running = False
+        self._pass = 0  # number of the backward that runs, or ran last
+        self._more_follow = False  # it was announced that this backward is not the last one of its micro-step
         self._calls_left: Counter[nn.Module] = Counter()  # forwards that backward has not come to
         self._entered: set[nn.Module] = set()  # modules that backward has come to
         self._arrived: Counter[FlatUnit] = Counter()  # gradients of this backward
         self._reduced_inside: list[FlatUnit] = []
+        self._called: set[nn.Module] = set()  # since the last backward began
+        self._hidden: set[nn.Module] = set()  # called without a graph in this micro-step
+        self._last: set[nn.Module] = set()  # whose units are reduced at the end of this backward
         self._behind: deque[tuple[FlatUnit, Handle]] = deque()
         self.before_backward: Callable[[], None] = lambda: None  # called before gradients of a micro-step are taken
         self._between_replicas: list[Handle] = []
@@ -145,30 +164,29 @@ class ZeroRuntime:
         outputs = [tensor for tensor in tensors(output) if tensor.requires_grad]
         if torch.is_grad_enabled() and outputs:
             self._calls_left[module] += 1
+            self._called.add(module)
             reached = self._backward_hook(module)
             for tensor in outputs:
                 tensor.register_hook(reached)
+        elif module.training and not torch.is_grad_enabled():
+            self._hidden.add(module)
         for unit in self._of[module]:
             unit.free()
         if self._block[module] >= 0:
             self.observer.enter("forward.after", self._block[module])
 
     def _backward_hook(self, module: nn.Module) -> Callable[[Tensor], None]:
-        """What to do when backward reaches the first of a call's outputs."""
-        waiting = True
+        """What to do when a backward reaches the first of a call's outputs; a graph that is kept has several."""
+        reached_by = 0
 
         def reached(gradient: Tensor) -> None:
-            nonlocal waiting
-            if not waiting:
-                if self._backward_running:
-                    return  # through another output of the same call
-                raise RuntimeError(
-                    "a second backward through one forward: it would count as another micro-step, and sharded"
-                    " parameters are gone; add the losses and call backward once"
-                )
-            waiting = False
+            nonlocal reached_by
             self._begin_backward()
-            self._calls_left[module] -= 1
+            if reached_by == self._pass:
+                return
+            if not reached_by:
+                self._calls_left[module] -= 1
+            reached_by = self._pass
             self._entered.add(module)
             self._free_reduced_inside()
             if module is not self.model:  # whose output may be its last block's, and that block's backward begins here
@@ -253,13 +271,24 @@ class ZeroRuntime:
     def _begin_backward(self) -> None:
         if self._backward_running:
             return
-        if self.micro_step >= self.accumulation:
+        if self.backwards and self.accumulation > 1 and not self._more_follow:
             raise RuntimeError(
-                f"backward number {self.micro_step + 1} since the last step, but gradient_accumulation_steps ="
-                f" {self.accumulation}: call engine.step() after each backward, add up losses of one step before their"
-                " backward, or raise gradient_accumulation_steps"
+                f"backward number {self.backwards + 1} since the last engine.step(), and gradient_accumulation_steps ="
+                f" {self.accumulation}: call engine.step() after each micro-step, or, where a micro-step has several"
+                " losses, engine.backward(loss, more=True) for all but its last"
+            )
+        if self.backwards and self.host_steps is not None:
+            raise RuntimeError(
+                "a second backward before engine.step(), and zero_optimization.offload_optimizer steps what the first"
+                " one brought: add the losses and call backward once"
             )
         self.before_backward()
+        self._more_follow, self.announced = self.announced, False
+        self._pass += 1
+        self._last = self._hidden | (set(self._owners) - self._called if self.backwards else set())
+        self._called.clear()
+        for unit in self._reduce_order:
+            unit.keep_reduced()
         self._backward_running = True
         self._reduced: set[FlatUnit] = set()
         self._next_to_reduce = 0
@@ -279,7 +308,7 @@ class ZeroRuntime:
             alone = len(self._of[unit.owner]) == 1  # it is reduced when backward leaves the block, which comes next
             if alone or self._arrived[unit] < len(unit.parameters):
                 return
-            if unit.owner not in self._entered or self._calls_left[unit.owner]:
+            if unit.owner not in self._entered or self._calls_left[unit.owner] or unit.owner in self._last:
                 return
             self._reduce(unit)
             self._reduced_inside.append(unit)
@@ -290,7 +319,7 @@ class ZeroRuntime:
             return  # nothing is over at the model's output, which may be its last block's, reached just before
         while self._next_to_reduce < len(self._reduce_order):
             unit = self._reduce_order[self._next_to_reduce]
-            if unit.owner in (reached, self.model) or self._calls_left[unit.owner]:
+            if unit.owner in (reached, self.model) or self._calls_left[unit.owner] or unit.owner in self._last:
                 return
             unit.free()
             self._reduce(unit)
@@ -308,7 +337,7 @@ class ZeroRuntime:
     def _reduce(self, unit: FlatUnit) -> None:
         self._next_to_reduce += 1
         self._reduced.add(unit)
-        if not (self.zero.gradients or self.at_boundary):
+        if not (self.zero.gradients or (self.at_boundary and not self._more_follow)):
             return
         while len(self._behind) > REDUCTIONS_BEHIND:
             self._absorb_oldest()
@@ -320,7 +349,7 @@ class ZeroRuntime:
         unit, handle = self._behind.popleft()
         handle.wait()
         unit.absorb()
-        if self.at_boundary:
+        if self.at_boundary and not self._more_follow:
             self._between_replicas.append(unit.reduce_between_replicas())
         if self.host_steps is not None:
             self.host_steps.reduced(unit)
@@ -335,13 +364,37 @@ class ZeroRuntime:
             self._absorb_oldest()
         while self._between_replicas:
             self._between_replicas.pop(0).wait()
+        for unit in self._reduce_order:
+            unit.add_kept()
         for unit in self.units:
             unit.free()
         self._backward_running = False
-        self._calls_left.clear()
-        self.micro_step += 1
+        self.backwards += 1
 
     # Step #
+
+    def end_micro_step(self) -> bool:
+        """Whether the micro-step that ends here is the last one before the optimizer steps.
+
+        Raises:
+            RuntimeError: it has no backward, or one that was announced did not come.
+        """
+        if not self.backwards:
+            raise RuntimeError("engine.step() without a backward before it: nothing has been accumulated")
+        if self._more_follow:
+            raise RuntimeError(
+                "engine.step() after engine.backward(loss, more=True): leave out more=True for the last loss of a"
+                " micro-step"
+            )
+        self._forget_calls()
+        self.micro_step += 1
+        return self.micro_step == self.accumulation
+
+    def _forget_calls(self) -> None:
+        """Calls whose backward never came, of a loss that was dropped, hold up no reduction of the next micro-step."""
+        self.backwards = 0
+        self._calls_left.clear()
+        self._hidden.clear()
 
     @property
     def missing(self) -> bool:
@@ -376,6 +429,7 @@ class ZeroRuntime:
         for unit in self._reduce_order:
             unit.forget_gradients()
         self.used.clear()
+        self._forget_calls()
         self.micro_step = 0
 
     def drop_step(self) -> None:

@@ -252,16 +252,6 @@ def mlp_engine(accumulation: int = 1) -> Any:
     return engine
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_backward_too_many(accumulation: int) -> None:
-    engine = mlp_engine(accumulation)
-    batch = regression_batch(0)
-    for _ in range(accumulation):
-        engine.backward(engine(*batch))
-    with pytest.raises(RuntimeError, match=rf"backward number {accumulation + 1} since the last step.*engine\.step"):
-        engine.backward(engine(*batch))
-
-
 def test_a_step_without_backward() -> None:
     with pytest.raises(RuntimeError, match="without a backward before it"):
         mlp_engine().step()
