@@ -46,6 +46,7 @@ parameter_rest  a unit's shard of parameters off the device
 transfer        copies between tiers and work on the host, in order; on CPU, CUDA and `sim`
 nvme            files read and written past the page cache, checked, in parallel
 host_step       optimizer steps on the host while gradients still come
+inspection      gradients and optimizer state of a step, read from the outside
 communicator    the door to the network: handles, ledger; NCCL and single-rank versions
 compression     ways to send fewer bytes, described, and what each puts on the wire
 codec           rows of numbers as rows of bytes and back

@@ -5,6 +5,12 @@ simulate     one training step of a model on a cluster
 layout       how a job is laid out: options, their defaults and checks
 launch       starts a script on several ranks of this machine
 verify       ZeRO on Gloo ranks against a plain loop in one process
+judgement    one ZeRO stage judged: distances, the witnesses of bytes and memory, the first place that is off
+comparison   gradients, optimizer state and parameters of ranks beside one process's
+pytest_plugin  tests on ranks: a marker, a pool of worlds, assert_trains_alike
+remote       a test's function on a rank: its module, its arguments, what its assertions say
+reference    one process, plain torch, whole batches
+junit        a verification as a JUnit report
 ranks        what the ranks of verify and demo do, and what they measure
 samples      a user's model and batches: loading, splitting, losses
 demo         the whole idea in about a minute

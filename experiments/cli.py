@@ -116,12 +116,7 @@ def simulate(
 
 
 def _counts(gpus: str | None) -> list[int | None]:
-    if gpus is None:
-        return [None]
-    try:
-        return [int(part) for part in gpus.split(",")]
-    except ValueError:
-        raise ValueError(f"gpus = {gpus!r}; allowed: an integer, or several with commas between") from None
+    return [None] if gpus is None else [*_integers("gpus", gpus)]
 
 
 def _show_steps(results: list[Any], answers: list[dict[str, Any]]) -> None:
@@ -152,41 +147,66 @@ def _scaling_files(results: list[Any], out: Path | None) -> dict[str, str]:
 
 @app.command()
 def verify(
-    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION that returns (model, batches).")],
-    world: Annotated[int, typer.Option(help="Gloo ranks.")] = 2,
+    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION or FILE.py:FUNCTION that returns (model, batches).")],
+    world: Annotated[str, typer.Option(help="Gloo ranks: N, or N,N,...")] = "2",
     zero: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
     steps: Annotated[int | None, typer.Option(help="How many batches; all.", show_default=False)] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp64 or bf16.")] = "fp32",
-    accumulation: Annotated[int, typer.Option(help="Micro-steps per step.")] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp64, bf16, fp16, or several; the config's or fp32.", show_default=False)
+    ] = None,
+    accumulation: Annotated[
+        str | None, typer.Option(help="Micro-steps per step, or several; the config's or 1.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON for every run.", show_default=False)] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative distance of the parameters.", show_default=False)
     ] = None,
+    gradient_tolerance: Annotated[
+        float | None, typer.Option(help="The same of gradients and optimizer state.", show_default=False)
+    ] = None,
+    loss_tolerance: Annotated[float | None, typer.Option(help="The same of losses.", show_default=False)] = None,
+    every_step: Annotated[
+        bool, typer.Option("--every-step", help="Compare tensors of all steps, not the last.")
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit report here.", show_default=False)] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a rank waits for the others.")] = 60.0,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
     """Check that ZeRO training of your model computes what one process would."""
     from .files import write_whole
-    from .tables import show, verification_table
-    from .verify import to_dict
-    from .verify import verify as run
+    from .junit import junit_report
+    from .tables import failures, show, verification_table
+    from .verify import to_dict, verify_all
 
-    try:
-        stages = [int(stage) for stage in zero.split(",")]
-    except ValueError:
-        raise ValueError(f"zero = {zero!r}; allowed: some of 0,1,2,3 with commas between") from None
-    result = run(
-        target, world=world, zero=stages, steps=steps, precision=precision, accumulation=accumulation,
-        tolerance=tolerance, timeout_s=timeout,
+    results = verify_all(
+        target, worlds=_integers("world", world), zero=_integers("zero", zero), steps=steps,
+        precisions=[None] if precision is None else precision.split(","),
+        accumulations=[None] if accumulation is None else _integers("accumulation", accumulation),
+        config=config, tolerance=tolerance, gradient_tolerance=gradient_tolerance, loss_tolerance=loss_tolerance,
+        every_step=every_step, timeout_s=timeout, say=_say,
     )  # fmt: skip
+    if junit is not None:
+        write_whole(junit, junit_report(target, results))
+    answer = to_dict(results[0]) if len(results) == 1 else {"cases": [to_dict(result) for result in results]}
     if out is not None:
-        write_whole(out / "verify.json", json.dumps(to_dict(result), indent=2))
+        write_whole(out / "verify.json", json.dumps(answer, indent=2))
     if as_json:
-        _print_json(to_dict(result))
-    else:
-        show(verification_table(result))
-    _notes(result.notes)
-    raise typer.Exit(0 if result.ok else 1)
+        _print_json(answer)
+    for result in results:
+        if not as_json:
+            show(verification_table(result))
+        for line in failures(result):
+            _say(line) if as_json else print(line)
+        _notes(result.notes)
+    raise typer.Exit(0 if all(result.ok for result in results) else 1)
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} = {text!r}; allowed: an integer, or several with commas between") from None
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

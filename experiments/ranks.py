@@ -1,11 +1,13 @@
-"""What the ranks of `verify` and `demo` do: a plain torch loop in one process, and the same training under ZeRO."""
+"""What the ranks of `verify` and `demo` do: train under ZeRO, compare with one process, measure."""
 
 import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,62 +15,91 @@ from torch import Tensor, nn
 
 from ..collectives.ring import RING
 from ..collectives.zero import UnitSize, padded
+from ..engine.communicator import Communicator
 from ..engine.engine import Engine, initialize
 from ..engine.gloo import GlooCommunicator
+from ..engine.inspection import Share, optimizer_state, reduced_gradients
 from ..engine.sockets import framing_bytes
-from .samples import Sample, as_dtype, make_sample, run_model, share, to_sim
+from .comparison import GRADIENT, PARAMETER, STATE, Offs, compare
+from .samples import MicroStep, Sample, as_dtype, make_training, share, to_sim
 
 LEARNING_RATE = 1e-3
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+LOSS_SCALE = 1024.0
+"""In fp16, unless the config says otherwise: small gradients survive, and nothing that trains overflows."""
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Keys of a user's config that mean nothing here, where the batches are given."""
+
 WARM_UP_STEPS = 3
 """Steps that are left out of the measured time: first touches of memory, connections between ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A verification as the ranks see it; `reference_path` is where one process's results are kept."""
+    """A verification as the ranks see it.
+
+    Attributes:
+        folder: where one process's results are kept.
+        settings: the user's DeepSpeed JSON, which what is verified (stage, precision, accumulation) overrides.
+    """
 
     target: str
     steps: int | None
     precision: str
     accumulation: int
     timeout_s: float
-    reference_path: str
+    folder: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, stage: int) -> dict[str, Any]:
-        return {
-            "gradient_accumulation_steps": self.accumulation,
-            "zero_optimization": {"stage": stage},
+        """The engine's config."""
+        given = {key: value for key, value in self.settings.items() if key not in BATCH_KEYS}
+        usual = {
             "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE}},
-            "bf16": {"enabled": self.precision == "bf16"},
             # Every byte through one program of ours and the kernel, so that it can be witnessed.
             "communication": {"transport": "sockets", "algorithms": dict.fromkeys(RING, "ring")},
         }
+        verified = {
+            "gradient_accumulation_steps": self.accumulation,
+            "zero_optimization": {**given.get("zero_optimization", {}), "stage": stage},
+            "bf16": {**given.get("bf16", {}), "enabled": self.precision == "bf16"},
+            "fp16": {"loss_scale": LOSS_SCALE, **given.get("fp16", {}), "enabled": self.precision == "fp16"},
+        }
+        return {**usual, **given, **verified}
+
+    def snapshot_path(self, step: int) -> Path:
+        """Where one process's tensors of a step are."""
+        return Path(self.folder) / f"step{step}.pt"
+
+    def training(self) -> tuple[nn.Module, list[Any], MicroStep]:
+        """The user's model, batches and micro-step in the precision of the task."""
+        model, batches, micro_step = make_training(self.target, self.steps)
+        dtype = DTYPES[self.precision]
+        if self.precision in ("fp32", "fp64"):
+            model = model.to(dtype)
+        else:  # the engine would do it; here it precedes the baseline of the memory measurement
+            for buffer in model.buffers():
+                buffer.data = as_dtype(buffer, dtype)
+        return model, [as_dtype(batch, dtype) for batch in batches], micro_step
 
     def sample(self) -> Sample:
         """The user's model and batches in the precision of the task."""
-        model, batches = make_sample(self.target, self.steps)
-        if self.precision in ("fp32", "fp64"):
-            model = model.to(DTYPES[self.precision])
-        if self.precision == "bf16":  # the engine would do it; here it precedes the baseline of the memory measurement
-            for buffer in model.buffers():
-                buffer.data = as_dtype(buffer, torch.bfloat16)
-        return model, [as_dtype(batch, DTYPES[self.precision]) for batch in batches]
+        model, batches, _ = self.training()
+        return model, batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank found: distances from one process, bytes written to sockets per step, bytes kept.
+    """What one rank found: losses (means over all ranks), bytes written to sockets per step, bytes kept.
 
-    `unused` counts pieces of parameters that never got a gradient, and so have no optimizer state.
+    `compared` has, for each step that was looked at, how far this rank's tensors are from one process's. `unused`
+    counts pieces of parameters that never got a gradient, and so have no optimizer state.
     """
 
     losses: tuple[float, ...]
     step_s: float
-    max_rel_loss_diff: float
-    max_tensor_rel_diff: float
-    global_rel_param_diff: float
-    first_difference: dict[str, Any] | None
+    compared: dict[int, Offs]
     measured_bytes: int
     model_state_bytes: int
     units: tuple[UnitSize, ...]
@@ -76,86 +107,37 @@ class RankReport:
     master_bytes: int
 
 
-# One process #
-
-
-def reference(rank: int, world: int, task: Task, every_step: bool = False) -> None:
-    """Plain torch on the whole batch, on rank 0; its losses and parameters go to the task's file."""
-    if rank != 0:
-        return
-    model, batches = task.sample()
-    if task.precision == "bf16":
-        model = model.bfloat16()
-    masters = {p: p.detach().float() if task.precision == "bf16" else p for p in model.parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(list(masters.values()), lr=LEARNING_RATE)
-    losses, snapshots = [], []
-    for batch in batches:
-        loss = run_model(model, batch)
-        loss.backward()
-        losses.append(loss.item())
-        _step_masters(masters, optimizer)
-        if every_step:
-            snapshots.append(_snapshot(model))
-    torch.save({"losses": losses, "final": _snapshot(model), "steps": snapshots}, task.reference_path)
-
-
-def _step_masters(masters: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    for parameter, master in masters.items():
-        if master is not parameter:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-    optimizer.step()
-    optimizer.zero_grad()
-    for parameter, master in masters.items():
-        if master is not parameter:
-            parameter.grad = None
-            parameter.data.copy_(master)
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-# Many processes #
-
-
-def measure(rank: int, world: int, task: Task, stage: int, watch: float | None = None) -> RankReport:
-    """Train under ZeRO and compare with the reference.
+def measure(rank: int, world: int, task: Task, stage: int, watch: Collection[int] = ()) -> RankReport:
+    """Train under ZeRO and compare with one process.
 
     Args:
-        watch: compare after every step too, and report the first parameter that is further off than this.
+        watch: numbers of the steps whose gradients, optimizer state and parameters are compared.
     """
     before = live_bytes()
-    model, batches = task.sample()
+    model, batches, micro_step = task.training()
     others = live_bytes() - before - sum(p.numel() * p.element_size() for p in set(model.parameters()))
     engine, *_ = initialize(model, task.config(stage), timeout_s=task.timeout_s)
     communicator = engine.communicator
     if isinstance(communicator, GlooCommunicator):
         communicator.metered = True
-    known = torch.load(task.reference_path)
     calls = _count_calls(engine)
-    losses, seconds, difference = [], [], None
+    losses, seconds, compared = [], [], {}
     for number, batch in enumerate(batches):
+        look = Look(engine, task.snapshot_path(number)) if number in watch else None
         began = time.perf_counter()
-        losses.append(_train_step(engine, batch, rank, world, task.accumulation))
-        seconds.append(time.perf_counter() - began)
-        if watch is not None and difference is None:
-            difference = _place(dict(_distances(engine, known["steps"][number])), watch, number, rank)
-    del known["steps"]
+        losses.append(_train_step(engine, micro_step, batch, rank, world, task.accumulation, look))
+        seconds.append(time.perf_counter() - began - (look.seconds if look else 0.0))
+        if look is not None:
+            compared[number] = look.after_step()
+    look = None
     engine.settle()
     written = _written_per_step(communicator, len(batches))
     communicator.release_buffers()
-    reference_bytes = sum(t.numel() * t.element_size() for t in known["final"].values())
-    kept = live_bytes() - before - others - reference_bytes
-    means = _mean_losses(losses, engine)
-    distances = dict(_distances(engine, known["final"]))
+    kept = live_bytes() - before - others
     report = RankReport(
-        losses=tuple(means),
+        losses=tuple(_mean_losses(losses, engine)),
         step_s=statistics.median(seconds[WARM_UP_STEPS:] or seconds),
-        max_rel_loss_diff=max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(means, known["losses"], strict=True)),
-        max_tensor_rel_diff=max(off / max(size, 1e-30) for off, size in distances.values()),
-        global_rel_param_diff=_root(off for off, _ in distances.values())
-        / _root(size for _, size in distances.values()),
-        first_difference=difference,
+        compared=compared,
         measured_bytes=written,
         model_state_bytes=kept,
         units=tuple(_unit_sizes(engine, calls, len(batches) * task.accumulation)),
@@ -168,13 +150,59 @@ def measure(rank: int, world: int, task: Task, stage: int, watch: float | None =
     return report
 
 
-def _train_step(engine: Engine, batch: Any, rank: int, world: int, accumulation: int) -> float:
+class Look:
+    """Compares one step with one process's.
+
+    Attributes:
+        seconds: what that took before the optimizer's step.
+    """
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self.engine, self.known = engine, torch.load(path)
+        self.offs: Offs = {}
+        self.seconds = 0.0
+
+    def before_step(self) -> None:
+        """Between the last reduction and the optimizer's step."""
+        began = time.perf_counter()
+        self.offs.update(compare(GRADIENT, reduced_gradients(self.engine), self.known))
+        self.seconds = time.perf_counter() - began
+
+    def after_step(self) -> Offs:
+        """What the step made; parameters as the next forward will see them, gathered anew where they are sharded."""
+        self.offs.update(compare(STATE, optimizer_state(self.engine), self.known))
+        self.engine.settle()
+        with _unmetered(self.engine.communicator):
+            for name, values in self.engine.runtime.gathered_parameters():
+                share = Share(name, PARAMETER, 0, values.numel(), values.flatten())
+                self.offs.update(compare(PARAMETER, [share], self.known))
+        return self.offs
+
+
+@contextmanager
+def _unmetered(communicator: Communicator) -> Iterator[None]:
+    """What is sent inside is no part of training: neither the ledger nor the meter keeps it."""
+    listed = communicator.ledger.copy()
+    metered = getattr(communicator, "metered", False)
+    if metered:
+        communicator.metered = False  # type: ignore[attr-defined]
+    yield
+    if metered:
+        communicator.metered = True  # type: ignore[attr-defined]
+    communicator.ledger.clear()
+    communicator.ledger.update(listed)
+
+
+def _train_step(
+    engine: Engine, micro_step: MicroStep, batch: Any, rank: int, world: int, accumulation: int, look: Look | None
+) -> float:
     """One optimizer step on this rank's share of a global batch; the mean loss of its micro-steps."""
     total = 0.0
-    for micro_step in range(accumulation):
-        part = share(batch, world * accumulation, micro_step * world + rank)
-        loss = run_model(engine, part)
-        engine.backward(loss)
+    for number in range(accumulation):
+        part = share(batch, world * accumulation, number * world + rank)
+        loss = micro_step(engine, engine.backward, part)
+        if look is not None and number == accumulation - 1:
+            look.before_step()
         engine.step()
         total += loss.item() / accumulation
     return total
@@ -184,24 +212,6 @@ def _mean_losses(losses: list[float], engine: Engine) -> list[float]:
     total = torch.tensor(losses, dtype=torch.float64)
     engine.communicator.all_reduce(total, "losses", scalar=True).wait()
     return (total / engine.communicator.world).tolist()
-
-
-def _distances(engine: Engine, known: dict[str, Tensor]) -> Iterator[tuple[str, tuple[float, float]]]:
-    """(name, (||a - b||, ||b||)) of every parameter, in float64."""
-    for name, values in engine.runtime.gathered_parameters():
-        wanted = known[name].double()
-        yield name, (float((values.double() - wanted).norm()), float(wanted.norm()))
-
-
-def _place(distances: dict[str, tuple[float, float]], tolerance: float, step: int, rank: int) -> dict[str, Any] | None:
-    for name, (off, size) in distances.items():
-        if off > tolerance * size:
-            return {"step": step, "rank": rank, "parameter": name}
-    return None
-
-
-def _root(values: Iterator[float]) -> float:
-    return sum(value * value for value in values) ** 0.5
 
 
 def _written_per_step(communicator: Any, steps: int) -> int:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .demo import Demo
+    from .judgement import StageResult
     from .verify import Verification
 
 GIGA = 1e9
@@ -89,6 +90,8 @@ def verification_table(verification: "Verification") -> "Table":
         (
             f"ZeRO {result.zero}",
             f"{result.max_rel_loss_diff:.1e}",
+            f"{result.rel_gradient_diff:.1e}",
+            f"{result.rel_state_diff:.1e}",
             f"{result.global_rel_param_diff:.1e}",
             *map(count, (result.expected_bytes, result.predicted_bytes, result.measured_bytes)),
             *map(
@@ -99,16 +102,69 @@ def verification_table(verification: "Verification") -> "Table":
                     result.measured_model_state_bytes,
                 ),
             ),
-            "ok" if result.ok else f"OFF {result.first_difference or ''}",
+            "ok" if result.ok else "OFF",
         )
         for result in verification.results
     ]
-    columns = ("", "loss", "parameters", "expected", "predicted", "measured", "expected", "predicted", "measured", "")
-    note = (
-        "loss, parameters: relative distance from one process. Then bytes that each rank sends per step,"
-        " and bytes of parameters, gradients and optimizer state that it keeps, by three witnesses each."
+    columns = (
+        "",
+        "loss",
+        "gradients",
+        "state",
+        "parameters",
+        "expected",
+        "predicted",
+        "measured",
+        "expected",
+        "predicted",
+        "measured",
+        "",
     )
-    return table(f"{verification.world} ranks against one process", columns, rows, note)
+    note = (
+        "loss, gradients, optimizer state, parameters: relative distance from one process. Then bytes that each rank"
+        " sends per step, and bytes of model state that it keeps, by three witnesses each."
+    )
+    title = (
+        f"{verification.world} ranks against one process, {verification.precision},"
+        f" accumulation {verification.accumulation}"
+    )
+    return table(title, columns, rows, note)
+
+
+def plain_verification(verification: "Verification") -> str:
+    """As `verification_table`, in plain lines: what an assertion says."""
+    lines = [
+        f"training on {verification.world} ranks is not what one process does"
+        f" ({verification.precision}, accumulation {verification.accumulation}; relative distances):",
+        f"{'':8}{'loss':>10}{'gradients':>11}{'state':>10}{'parameters':>12}",
+    ]
+    for result in verification.results:
+        ratios = (result.max_rel_loss_diff, result.rel_gradient_diff, result.rel_state_diff)
+        loss, gradient, state = (f"{ratio:.1e}" for ratio in ratios)
+        verdict = "ok" if result.ok else "OFF"
+        lines.append(
+            f"ZeRO {result.zero:<3}{loss:>10}{gradient:>11}{state:>10}{result.global_rel_param_diff:>12.1e}  {verdict}"
+        )
+    return "\n".join([*lines, *failures(verification)])
+
+
+def failures(verification: "Verification") -> list[str]:
+    """A line for each stage that is off: what is, and where it was first."""
+    return [f"ZeRO {result.zero} is OFF: {reason(result)}" for result in verification.results if not result.ok]
+
+
+def reason(result: "StageResult") -> str:
+    place = result.first_difference
+    if place is None:
+        return (
+            f"training is right, but each rank sends {count(result.measured_bytes)} bytes per step"
+            f" (expected {count(result.expected_bytes)}, predicted {count(result.predicted_bytes)}) and keeps"
+            f" {count(result.measured_model_state_bytes)} (expected {count(result.expected_model_state_bytes)},"
+            f" predicted {count(result.predicted_model_state_bytes)})"
+        )
+    if place["what"] == "loss":
+        return f"first in step {place['step']}: the loss, where no tensor is off"
+    return f"first in step {place['step']}, on rank {place['rank']}: {place['what']} of {place['parameter']}"
 
 
 def demo_table(demo: "Demo") -> "Table":

@@ -1,11 +1,13 @@
 """Worlds of Gloo ranks that start once per session, and are started again when a test has ended one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import settings
 from windtunnel.engine.world import World
+
+pytest_plugins = ["windtunnel.experiments.pytest_plugin"]
 
 settings.register_profile("windtunnel", deadline=None)  # a deadline is a timed assertion, and machines are busy
 settings.load_profile("windtunnel")
@@ -20,18 +22,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def world_of() -> Iterator[WorldOf]:
+def world_of(world: WorldOf) -> WorldOf:
     """`world_of(size)` is a living world of that size; ask again after a test that may have ended it."""
-    worlds: dict[int, World] = {}
-
-    def living(size: int) -> World:
-        if size not in worlds or not worlds[size].alive:
-            worlds[size] = World(size, timeout_s=20.0, threads=1)
-        return worlds[size]
-
-    yield living
-    for world in worlds.values():
-        world.close()
+    return world
 
 
 # The worlds below last for the session; only the look-up is repeated for each test, so that it finds a living one.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from windtunnel.experiments import cli
@@ -315,6 +316,18 @@ def test_bad_targets_are_exit_2(command: Command, words: tuple[str, ...], expect
     check_refused(command("verify", *words), *expected)
 
 
+def test_verify_several_cases_with_a_report(command: Command, tmp_path: Path) -> None:
+    file = str(Path(__file__).with_name("verify_targets.py"))
+    words = ("--zero", "1", "--precision", "fp64,fp32", "--accumulation", "1,3", "--steps", "1")
+    answer = command("verify", f"{file}:mlp", *words, "--junit", str(tmp_path / "report.xml"), "--json")
+    assert answer.code == 0, answer
+    cases = [(case["world"], case["precision"], case["accumulation"]) for case in json.loads(answer.out)["cases"]]
+    assert cases == [(2, "fp64", 1), (2, "fp64", 3), (2, "fp32", 1), (2, "fp32", 3)]
+    suite = ElementTree.parse(tmp_path / "report.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("4", "0")
+    assert suite[3].get("name") == "world 2, fp32, accumulation 3, ZeRO 1"
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -325,4 +338,6 @@ def test_bad_targets_are_exit_2(command: Command, words: tuple[str, ...], expect
 )
 def test_a_rank_that_breaks_is_exit_3_and_named(command: Command, target: str, words: tuple[str, ...]) -> None:
     answer = command("verify", f"verify_targets:{target}", "--zero", "2", "--timeout", "2")
-    check_refused(answer, *words, code=3)
+    *progress, last = answer.err.splitlines(keepends=True)
+    assert len(progress) == 2  # one process, and the stage that broke
+    check_refused(answer._replace(err=last), *words, code=3)

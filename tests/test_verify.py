@@ -1,5 +1,7 @@
 """`verify` says ok where training is right, and where it is not says where it first went wrong."""
 
+from pathlib import Path
+
 import pytest
 from windtunnel.engine.world import World
 from windtunnel.experiments.verify import StageResult, Verification, to_dict, verify
@@ -52,6 +54,59 @@ def test_units_that_do_not_divide_are_exact_too(four_ranks: World) -> None:
         check_exact(result)
 
 
+@pytest.mark.parametrize("target", ["tied", "frozen"])
+@pytest.mark.parametrize(("precision", "accumulation"), [("bf16", 1), ("bf16", 3), ("fp32", 3), ("fp16", 2)])
+def test_bytes_and_memory_are_exact_in_every_combination(
+    two_ranks: World, target: str, precision: str, accumulation: int
+) -> None:
+    verification = run(target, two_ranks, precision=precision, accumulation=accumulation, steps=2)
+    assert verification.notes == ()
+    for result in verification.results:
+        assert result.ok, result
+        assert result.expected_bytes == result.predicted_bytes == result.measured_bytes > 0
+        states = (result.expected_model_state_bytes, result.predicted_model_state_bytes)
+        assert states == (result.measured_model_state_bytes,) * 2
+
+
+def test_a_config_of_the_users_own(two_ranks: World, tmp_path: Path) -> None:
+    """Its optimizer and clipping are one process's, too; its precision and accumulation are taken from it."""
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{"train_batch_size": 999, "gradient_accumulation_steps": 3, "gradient_clipping": 0.05,'
+        ' "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}, "bf16": {"enabled": true}, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}'
+    )
+    verification = run("tied", two_ranks, config=path, zero=(0, 2, 3))
+    assert verification.ok, verification
+    assert (verification.precision, verification.accumulation) == ("bf16", 3)
+    in_full = run("tied", two_ranks, config=path, precision="fp64", zero=(2,), every_step=True).results[0]
+    check_exact(in_full)
+    assert in_full.rel_gradient_diff < 1e-12
+    assert in_full.rel_state_diff < 1e-12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {
+            "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}
+        },  # overflows: the first steps are skipped
+    ],
+)
+def test_one_process_computes_in_the_same_formats(two_ranks: World, config: dict) -> None:
+    verification = run("tied", two_ranks, config=config, zero=(0, 2))
+    assert verification.ok, verification
+
+
+def test_what_the_closed_forms_do_not_know_is_said(two_ranks: World) -> None:
+    config = {"communication_compression": {"gradients": "fp16", "min_elements": 1}}
+    verification = run("mlp", two_ranks, config=config, zero=(1,), tolerance=1.0, gradient_tolerance=1.0)
+    assert "not judged, because of communication_compression" in verification.notes[0]
+    (result,) = verification.results
+    assert result.ok
+    assert result.rel_gradient_diff > 1e-5  # what fp16 on the wire costs
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_precisions_are_within_their_tolerances(two_ranks: World, precision: str) -> None:
     verification = run("with_keywords", two_ranks, precision=precision, zero=(3,), accumulation=2)
@@ -83,12 +138,13 @@ def test_a_missing_collective_is_found_and_placed(target: str, stage: int) -> No
     assert not verification.ok
     assert not result.ok
     assert result.max_tensor_rel_diff > 1e-6
-    # Each rank has its own gradients from the first step on, and the first parameter is off on the first rank that
-    # looks; without the others' parameters rank 0 is off in what rank 1 steps.
-    assert result.first_difference is not None
-    assert set(result.first_difference) == {"step", "rank", "parameter"}
-    assert (result.first_difference["step"], result.first_difference["rank"]) == (0, 0)
-    assert result.first_difference["parameter"].startswith("layers.")
+    # Each rank has its own gradients from the first step on: the first that backward makes lies in rank 1's shard. What
+    # rank 0 steps, the beginning of the model, rank 1 lacks.
+    what, parameter = {
+        "no_gradients_are_reduced": ("gradient", "layers.4.bias"),
+        "no_parameters_are_published": ("parameter", "layers.0.weight"),
+    }[target]
+    assert result.first_difference == {"step": 0, "rank": 1, "parameter": parameter, "what": what}
     # Two witnesses say what should be sent, the wire says that it was not: a round less.
     assert result.measured_bytes < result.expected_bytes == result.predicted_bytes
 
@@ -127,8 +183,11 @@ def test_the_contract_is_kept(two_ranks: World) -> None:
         ("mlp", {"steps": 5}, "steps = 5; allowed: 1 to 4"),
         ("mlp", {"zero": ()}, "zero is empty; allowed: some of 0, 1, 2, 3"),
         ("mlp", {"zero": (4,)}, "zero stage = 4; allowed: 0, 1, 2, 3"),
-        ("mlp", {"precision": "fp8"}, "precision = fp8; allowed: fp64, fp32, bf16"),
+        ("mlp", {"precision": "fp8"}, "precision = fp8; allowed: fp64, fp32, bf16, fp16"),
         ("mlp", {"tolerance": -1.0}, "tolerance = -1.0; allowed: >= 0"),
+        ("mlp", {"gradient_tolerance": float("nan")}, "gradient_tolerance = nan; allowed: >= 0"),
+        ("mlp", {"config": "nowhere.json"}, "config = 'nowhere.json': "),
+        ("mlp", {"config": {"gradient_cliping": 1.0}}, "gradient_cliping"),
         ("mlp", {"world": 5}, r"shape \(12, 7\) does not divide among world \* accumulation = 5"),
         ("mlp", {"accumulation": 4}, r"does not divide among world \* accumulation = 8; allowed: a multiple of 8"),
         ("nothing_of_that_name", {}, "has no attribute 'nothing_of_that_name'"),

@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ...engine.world import World
+from ..comparison import PARAMETER
 from ..files import write_csv
-from ..ranks import LEARNING_RATE, Task, measure, reference
+from ..judgement import distances
+from ..ranks import LEARNING_RATE, Task, measure
+from ..reference import Known, reference
 from ..samples import run_model, share
 
 TARGET = "windtunnel.experiments.demo:sample"
@@ -26,14 +29,14 @@ STEPS = 20
 RESULTS = Path(__file__).parent / "results" / "distance.csv"
 
 
-def ddp(rank: int, world: int, task: Task) -> tuple[float, float, float]:
+def ddp(rank: int, world: int, task: Task, one: Known) -> tuple[float, float, float]:
     """(parameters' distance over all, of the worst tensor, loss's) of DistributedDataParallel from one process."""
     model, batches = task.sample()
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    known = torch.load(task.reference_path)
+    known = torch.load(task.snapshot_path(STEPS - 1))
     worst = 0.0
-    for batch, wanted in zip(batches, known["losses"], strict=True):
+    for batch, wanted in zip(batches, one.losses, strict=True):
         loss = run_model(parallel, share(batch, world, rank))
         loss.backward()
         optimizer.step()
@@ -41,29 +44,20 @@ def ddp(rank: int, world: int, task: Task) -> tuple[float, float, float]:
         mean = loss.detach().double() / world
         dist.all_reduce(mean)
         worst = max(worst, abs(float(mean) - wanted) / abs(wanted))
-    pairs = [(p.detach().double(), known["final"][name].double()) for name, p in model.named_parameters()]
+    pairs = [(p.detach().double(), known[PARAMETER, name].double()) for name, p in model.named_parameters()]
     off = sum(float((a - b).norm()) ** 2 for a, b in pairs) ** 0.5
     size = sum(float(b.norm()) ** 2 for _, b in pairs) ** 0.5
     return off / size, max(float((a - b).norm() / b.norm()) for a, b in pairs), worst
 
 
 def rows_for(world: World, precision: str, folder: str) -> list[dict[str, Any]]:
-    task = Task(TARGET, STEPS, precision, 1, 60.0, f"{folder}/{precision}.pt")
-    world.run(reference, task)
-    overall, tensor, loss = world.run(ddp, task)[0]
+    task = Task(TARGET, STEPS, precision, 1, 60.0, folder)
+    known = world.run(reference, task, (STEPS - 1,))[0]
+    overall, tensor, loss = world.run(ddp, task, known)[0]
     rows = [_row(world.size, precision, "DDP", overall, tensor, loss)]
     for stage in range(4):
-        reports = world.run(measure, task, stage)
-        rows.append(
-            _row(
-                world.size,
-                precision,
-                f"ZeRO {stage}",
-                max(report.global_rel_param_diff for report in reports),
-                max(report.max_tensor_rel_diff for report in reports),
-                max(report.max_rel_loss_diff for report in reports),
-            )
-        )
+        overall, tensor, loss = distances(world.run(measure, task, stage, (STEPS - 1,)), known)
+        rows.append(_row(world.size, precision, f"ZeRO {stage}", overall, tensor, loss))
     return rows
 
 
