@@ -25,7 +25,7 @@ from .samples import MicroStep, Sample, as_dtype, make_training, share, to_sim
 
 LEARNING_RATE = 1e-3
 LOSS_SCALE = 1024.0
-"""In fp16, unless the config says otherwise: small gradients survive, and nothing that trains overflows."""
+"""In fp16, where the config has nothing about it: small gradients survive, and nothing that trains overflows."""
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -64,7 +64,7 @@ class Task:
             "gradient_accumulation_steps": self.accumulation,
             "zero_optimization": {**given.get("zero_optimization", {}), "stage": stage},
             "bf16": {**given.get("bf16", {}), "enabled": self.precision == "bf16"},
-            "fp16": {"loss_scale": LOSS_SCALE, **given.get("fp16", {}), "enabled": self.precision == "fp16"},
+            "fp16": {**given.get("fp16", {"loss_scale": LOSS_SCALE}), "enabled": self.precision == "fp16"},
         }
         return {**usual, **given, **verified}
 
@@ -165,7 +165,8 @@ class Look:
     def before_step(self) -> None:
         """Between the last reduction and the optimizer's step."""
         began = time.perf_counter()
-        self.offs.update(compare(GRADIENT, reduced_gradients(self.engine), self.known))
+        if any(what == GRADIENT for what, _ in self.known):  # else one process skips the step, for they are not finite
+            self.offs.update(compare(GRADIENT, reduced_gradients(self.engine), self.known))
         self.seconds = time.perf_counter() - began
 
     def after_step(self) -> Offs:

@@ -1,6 +1,6 @@
 """One process, plain torch, whole batches: what `verify` holds the ranks against."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +58,12 @@ def reference(rank: int, world: int, task: Task, watch: Collection[int] = ()) ->
     for number, batch in enumerate(batches):
         losses.append(micro_step(forward, backward, batch).item())
         _hand_over(masters, scaler.scale)
+        overflow = scaler.policy.skip and not _finite(masters.values())
         snapshot = {
-            (GRADIENT, names[p]): m.grad.clone() for p, m in masters.items() if m.grad is not None and number in watch
+            (GRADIENT, names[p]): m.grad.clone()
+            for p, m in masters.items()
+            if m.grad is not None and number in watch and not overflow
         }
-        overflow = scaler.policy.skip and not all(
-            m.grad.isfinite().all() for m in masters.values() if m.grad is not None
-        )
         if settings.clip:
             nn.utils.clip_grad_norm_(masters.values(), settings.clip)
         _step(masters, optimizer, skip=overflow)
@@ -86,6 +86,10 @@ def _hand_over(masters: Mapping[nn.Parameter, Tensor], loss_scale: float) -> Non
             parameter.grad = None
         if master.grad is not None and loss_scale != 1.0:
             master.grad /= loss_scale
+
+
+def _finite(masters: Iterable[Tensor]) -> bool:
+    return all(bool(master.grad.isfinite().all()) for master in masters if master.grad is not None)
 
 
 def _step(masters: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer, skip: bool) -> None:
