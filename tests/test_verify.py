@@ -73,7 +73,8 @@ def test_a_config_of_the_users_own(two_ranks: World, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(
         '{"train_batch_size": 999, "gradient_accumulation_steps": 3, "gradient_clipping": 0.05,'
-        ' "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}, "bf16": {"enabled": true}, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}'
+        ' "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}, "bf16": {"enabled": true},'
+        ' "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}'
     )
     verification = run("tied", two_ranks, config=path, zero=(0, 2, 3))
     assert verification.ok, verification
