@@ -34,7 +34,9 @@ def reduced_gradients(engine: Engine) -> Iterator[Share]:
     In the optimizer's precision, loss scale taken out; zeros for a parameter that was not used.
     """
     for unit in engine.optimizer.units:
-        whole = unit.gradient_shard.to(unit.master.dtype) / engine.loss_scaler.scale
+        if unit.rest is not None:
+            unit.rest.arrived.block()
+        whole = unit.gradient_shard.to(unit.wide) / engine.loss_scaler.scale
         names = {slot.parameter: slot.name for slot in unit.part.slots}
         for piece in unit.pieces():
             shift = unit.bounds[0] - unit.views[piece.parameter][0]
@@ -49,8 +51,9 @@ def optimizer_state(engine: Engine) -> Iterator[Share]:
         if held.name not in dtypes:
             continue  # frozen
         start, stop = held.first, held.first + held.elements
-        if held.tensor.dtype != dtypes[held.name]:
-            yield Share(held.name, "master", start, stop, held.tensor)
-        for what, kept in engine.optimizer.state.get(held.tensor, {}).items():
+        values = engine.optimizer.values(held)
+        if (master := values.pop("parameter")).dtype != dtypes[held.name]:
+            yield Share(held.name, "master", start, stop, master)
+        for what, kept in values.items():
             if isinstance(kept, Tensor) and kept.numel() in (1, held.elements):
                 yield Share(held.name, what, start, stop, kept.flatten())

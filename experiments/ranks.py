@@ -125,7 +125,7 @@ def measure(rank: int, world: int, task: Task, stage: int, watch: Collection[int
     for number, batch in enumerate(batches):
         look = Look(engine, task.snapshot_path(number)) if number in watch else None
         began = time.perf_counter()
-        losses.append(_train_step(engine, micro_step, batch, rank, world, task.accumulation, look))
+        losses.append(train_share(engine, micro_step, batch, rank, world, task.accumulation, look))
         seconds.append(time.perf_counter() - began - (look.seconds if look else 0.0))
         if look is not None:
             compared[number] = look.after_step()
@@ -194,7 +194,7 @@ def _unmetered(communicator: Communicator) -> Iterator[None]:
     communicator.ledger.update(listed)
 
 
-def _train_step(
+def train_share(
     engine: Engine, micro_step: MicroStep, batch: Any, rank: int, world: int, accumulation: int, look: Look | None
 ) -> float:
     """One optimizer step on this rank's share of a global batch; the mean loss of its micro-steps."""

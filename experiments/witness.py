@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..engine.engine import initialize
 from ..engine.pilot import Plan, fly
 from ..sim.memory import Memory, replay_memory
+from .judgement import exact_cluster
 from .models import ModelSpec
 from .transformer import Transformer, initialize_weights
-from .verify import exact_cluster
 
 MEMORY_EVENT = "[memory]"
 MARK = "windtunnel: "

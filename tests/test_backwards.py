@@ -54,6 +54,7 @@ class Case:
     pattern: str
     run: Run
     announce: bool
+    shard_ranks: int = -1
 
 
 def alone(case: Case, parts: int) -> dict[str, Tensor]:
@@ -75,7 +76,8 @@ def alone(case: Case, parts: int) -> dict[str, Tensor]:
 
 
 def on_ranks(rank: int, world: int, case: Case) -> dict[str, Tensor]:
-    engine = start_engine(case.run, case.run.build())
+    zero = {"stage": case.run.stage, "mics_shard_size": case.shard_ranks}
+    engine = start_engine(case.run, case.run.build(), zero_optimization=zero)
 
     def backward(loss: Tensor, more: bool = False, retain_graph: bool = False) -> None:
         engine.backward(loss, more=more and case.announce, retain_graph=retain_graph)
@@ -102,6 +104,26 @@ def test_gradients_of_several_backwards_add(world_of: WorldOf, pattern: str, sta
     check(world_of, Case(pattern, Run("gpt", stage=stage, clip=0.3), announce=False))
 
 
+@pytest.mark.parametrize("announce", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_they_add_where_shards_are_replicated(world_of: WorldOf, stage: int, announce: bool) -> None:
+    """What is summed over replicas already must not be summed again."""
+    check(world_of, Case("three", Run("gpt", stage=stage, clip=0.3), announce, shard_ranks=2), size=4)
+
+
+def test_offload_wants_one_backward() -> None:
+    model = nn.Linear(2, 1)
+    config = {
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+    engine, *_ = initialize(model, config)
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    with pytest.raises(RuntimeError, match="add the losses and call backward once"):
+        engine.backward(engine(torch.ones(1, 2)).sum())
+    engine.close()
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_announced_they_add_under_accumulation(world_of: WorldOf, stage: int) -> None:
     for pattern in ("two_pairs", "a_graph_kept"):
@@ -121,7 +143,8 @@ def test_units_that_do_not_divide(world_of: WorldOf) -> None:
 
 def sent(rank: int, world: int, case: Case) -> int:
     """How many reductions of gradients a step started."""
-    engine = start_engine(case.run, case.run.build())
+    zero = {"stage": case.run.stage, "mics_shard_size": case.shard_ranks}
+    engine = start_engine(case.run, case.run.build(), zero_optimization=zero)
 
     def backward(loss: Tensor, more: bool = False, retain_graph: bool = False) -> None:
         engine.backward(loss, more=more and case.announce, retain_graph=retain_graph)

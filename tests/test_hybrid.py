@@ -26,7 +26,8 @@ from windtunnel.engine.pilot import Plan, fly
 from windtunnel.engine.sockets import framing_bytes
 from windtunnel.engine.wire import written_bytes
 from windtunnel.engine.world import World
-from windtunnel.experiments.ranks import Task, _train_step, live_bytes
+from windtunnel.experiments.ranks import Task, live_bytes, train_share
+from windtunnel.experiments.samples import one_backward
 from windtunnel.sim.memory import replay_memory
 from windtunnel.sim.replay import sent_bytes_by_axis
 
@@ -178,13 +179,13 @@ def account(rank: int, world: int, stage: int, accumulation: int, zero: dict[str
     model, batches = task.sample()
     others = live_bytes() - before - sum(p.numel() * p.element_size() for p in set(model.parameters()))
     engine, *_ = initialize(model, config(stage, accumulation, zero), timeout_s=20.0)
-    _train_step(engine, batches[0], rank, world, accumulation)
+    train_share(engine, one_backward, batches[0], rank, world, accumulation, None)
     engine.settle()
     groups = [group for group in engine.groups.each() if isinstance(group, GlooCommunicator)]
     for group in groups:
         group.ledger.clear()
     written = written_bytes()
-    _train_step(engine, batches[1], rank, world, accumulation)
+    train_share(engine, one_backward, batches[1], rank, world, accumulation, None)
     engine.settle()
     written = written_bytes() - written
     for group in groups:
