@@ -102,6 +102,7 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "local_updates": "an all-reduce of the optimizer's values once in `every` steps, and no gradients",
     "zero_optimization.offload_optimizer": "as `windtunnel simulate --offload optimizer` says",
     "zero_optimization.offload_param": "as `windtunnel simulate --offload parameters` says",
+    "bf16.check_grad_overflow": "one pass over the gradient shard",
     "fp16.loss_scale": "one pass over the gradient shard",
     "communication_data_type": "as `communication_compression` to that type",
     "communication_compression.gradient_options": "depends on the scheme",
