@@ -108,7 +108,8 @@ def test_weak_scaling_costs_communication_only() -> None:
     # One GPU reduces nothing, and each larger ring has more hops, slower ones between nodes.
     assert steps == sorted(steps)
     compute = [result.breakdown_s["compute"] for result in results]
-    assert compute == pytest.approx([compute[0]] * len(sizes), rel=1e-6)  # padding to a multiple of the ranks
+    # Units are padded to a multiple of the ranks: some elements more, and a small kernel that clears them.
+    assert compute == pytest.approx([compute[0]] * len(sizes), rel=1e-3)
     assert results[0].breakdown_s["exposed_communication"] == 0.0
     assert results[0].bytes_sent_per_gpu["total"] == 0
 
