@@ -28,6 +28,7 @@ optim           optimizers by name: torch's that go with shards, Lion, LAMB
 optimizer       an optimizer on shards: loss scale, clipping, skipped steps
 loss_scale      the loss scale as a state machine
 precision       the config's sections on formats, and what they say together
+saves           what an engine saves and loads, by DeepSpeed's names
 checkpoint      saves an engine and loads it, at any other number of ranks and stage
 checkpoint_plan which rank writes and reads what of a flattened tensor: planners for torch.distributed.checkpoint
 checkpoint_save one save: planned, staged, written, made the one of its tag

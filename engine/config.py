@@ -120,8 +120,8 @@ class OptimizerSection:
     """`optimizer`: a type by name and its keyword arguments.
 
     Attributes:
-        type: Adam, AdamW or SGD, in any case.
-        params: keyword arguments of torch's optimizer of that name.
+        type: a name of `windtunnel.optim` in any case: torch's element-wise ones (Adam, AdamW, SGD, ...), Lion, LAMB.
+        params: its keyword arguments; Adam and AdamW also take `adam_w_mode`.
     """
 
     __pydantic_config__ = STRICT
