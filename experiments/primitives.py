@@ -133,6 +133,8 @@ def element_wise(pool: Pool, elements: int) -> Iterable[Run]:
         lambda: torch.mul(x, 0.5, out=out),  # how the engine takes a gradient
         lambda: x * y,
         lambda: out.mul_(one),  # how it clips
+        lambda: out.div_(1.0),  # how a norm counts shared gradients
+        lambda: torch.stack((x, y)),
         lambda: out.add_(y, alpha=1e-9),
         lambda: out.copy_(x),
         lambda: x.clone(),
