@@ -78,6 +78,7 @@ REFUSED: dict[str, str] = {
     "fp8": "no unit is kept or multiplied in 8 bits",
     "autotuning": "use windtunnel simulate to compare layouts without running them",
     "elasticity": "the number of ranks is fixed when a run starts",
+    "torch_autocast.lower_precision_safe_modules": "torch knows its safe operators",
     "sparse_attention": "attention is the model's own affair",
     "pipeline": "pipeline parallelism is not performed",
     "tensor_parallel": "tensor parallelism is not performed",

@@ -102,20 +102,11 @@ class AutocastSection:
     Attributes:
         enabled: forward runs under torch.autocast; parameters, gradients and optimizer stay as the model is.
         dtype: of the operators that torch calls safe in it; fp16 has the loss scale of the section `fp16`.
-        lower_precision_safe_modules: not honoured.
     """
 
     __pydantic_config__ = STRICT
     enabled: bool = False
     dtype: Literal["bfloat16", "bf16", "float16", "fp16"] = "bfloat16"
-    lower_precision_safe_modules: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.lower_precision_safe_modules is not None:
-            raise ValueError(
-                f"lower_precision_safe_modules = {list(self.lower_precision_safe_modules)}; leave it out: torch knows"
-                " its safe operators, and communication_data_type says in which dtype gradients travel"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
