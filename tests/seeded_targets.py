@@ -74,10 +74,10 @@ def gathers_are_stale() -> Sample:
         before.update({unit: unit.shard.clone() for unit in optimizer.units})
         return STEP(optimizer, *arguments)
 
-    def gather(unit: FlatUnit) -> None:
+    def gather(unit: FlatUnit, *, again: bool = False) -> None:
         now = unit.shard
         unit.shard = before.get(unit, now)
-        GATHER(unit)
+        GATHER(unit, again=again)
         unit.shard = now
 
     seed(ShardedOptimizer, "step", step)

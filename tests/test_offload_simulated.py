@@ -48,7 +48,7 @@ def flight(offload: str, to: str, *, stage: int = 3, layers: int = 2, micro_step
     spec = replace(SPEC, layers=layers)
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": spec, "recompute": "none", "batch": 2, "seq": spec.seq},
+        arguments={"spec": spec, "batch": 2, "seq": spec.seq},
         config={
             "zero_optimization": {**offload_sections(offload, to), "stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},

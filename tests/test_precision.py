@@ -122,6 +122,8 @@ def accumulate(kind: str) -> tuple[Tensor, list[Tensor]]:
         assert twin.grad is not None
         gradients.append(twin.grad)
         engine.backward(engine(x).square().sum())
+        if step < 2:
+            engine.step()
     return engine.runtime.units[0].gradient.view(3, 5), gradients
 
 
