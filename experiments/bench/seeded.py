@@ -101,8 +101,8 @@ def fsdp2(model: nn.Module) -> Loop:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for unit in (model.block, model):
-        fully_shard(unit, mesh=mesh)
+    fully_shard(model.get_submodule("block"), mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return plain(model)
 
 
