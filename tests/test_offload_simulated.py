@@ -123,10 +123,10 @@ def test_a_unit_is_stepped_after_its_gradient_and_its_state_have_come(to: str, m
     assert steps == 2 * 3  # two steps of three units
 
 
-@pytest.mark.parametrize("micro_steps", [1, 2])
 @pytest.mark.parametrize(
-    ("stage", "offload", "to"),
-    [(stage, "optimizer", to) for stage in range(4) for to in ("host", "nvme")] + [(3, "parameters", "host")],
+    ("stage", "offload", "to", "micro_steps"),
+    [(stage, "optimizer", to, steps) for stage in range(4) for to, steps in (("host", 2), ("nvme", 1 + stage % 2))]
+    + [(3, "parameters", "host", 2)],
 )
 def test_state_rests_where_the_formula_says(stage: int, offload: str, to: str, micro_steps: int) -> None:
     units = [

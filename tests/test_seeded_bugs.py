@@ -33,7 +33,7 @@ def check_found(result: StageResult, step: int, parameter: str, what: str) -> No
     assert (place["step"], place["parameter"], place["what"]) == (step, parameter, what)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [2])
 def test_a_missing_reduction(ranks: World, stage: int) -> None:
     result = run("a_reduction_is_missing", ranks, stage=stage)
     # Of what the middle block has, backward makes the last bias first; the blocks after it are right.
@@ -42,7 +42,7 @@ def test_a_missing_reduction(ranks: World, stage: int) -> None:
     assert result.measured_bytes < result.expected_bytes == result.predicted_bytes
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_a_wrong_accumulation_scale(ranks: World, stage: int) -> None:
     result = run("accumulation_is_not_divided_by", ranks, stage=stage, accumulation=3)
     check_found(result, 0, "head.weight", "gradient")
@@ -58,7 +58,7 @@ def test_a_stale_gather(ranks: World) -> None:
     assert (result.first_difference["step"], result.first_difference["what"]) == (0, "parameter")
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_a_dropped_tied_gradient(ranks: World, stage: int) -> None:
     check_found(run("a_tied_gradient_is_dropped", ranks, stage=stage), 0, "embedding.weight", "gradient")
 
@@ -77,7 +77,7 @@ def verified(target: str, ranks: World, accumulation: int = 1, zero: tuple[int, 
 
 @pytest.mark.parametrize("target", ["shared", "shared_reentrant"])
 def test_a_module_shared_by_checkpointed_calls_is_right(ranks: World, target: str) -> None:
-    for result in verified(target, ranks, zero=(0, 2, 3)).results:
+    for result in verified(target, ranks, zero=(2, 3)).results:
         assert result.max_tensor_rel_diff < 1e-12
         assert result.rel_gradient_diff < 1e-12
         assert result.first_difference is None
@@ -91,8 +91,7 @@ def test_shared_gradients_that_overwrite_are_found(ranks: World) -> None:
 # Two backwards between steps #
 
 
-@pytest.mark.parametrize("target", ["with_two_backwards", "with_one_graph"])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("target", "accumulation"), [("with_two_backwards", 3), ("with_one_graph", 1)])
 def test_announced_backwards_are_right(ranks: World, target: str, accumulation: int) -> None:
     verification = verified(target, ranks, accumulation, zero=(1, 3))
     assert verification.ok, verification

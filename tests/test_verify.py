@@ -29,7 +29,7 @@ def check_exact(result: StageResult) -> None:
     assert result.max_rel_loss_diff < 1e-12
 
 
-@pytest.mark.parametrize(("target", "accumulation"), [("mlp", 1), ("tied", 3)])
+@pytest.mark.parametrize(("target", "accumulation"), [("tied", 3)])
 def test_right_models_are_ok_and_their_bytes_exact(two_ranks: World, target: str, accumulation: int) -> None:
     verification = run(target, two_ranks, precision="fp64", accumulation=accumulation)
     assert verification.ok
@@ -56,7 +56,7 @@ def test_units_that_do_not_divide_are_exact_too(four_ranks: World) -> None:
 
 @pytest.mark.parametrize(
     ("target", "precision", "accumulation"),
-    [("tied", "bf16", 3), ("frozen", "bf16", 1), ("frozen", "fp32", 3), ("tied", "fp16", 2)],
+    [("tied", "bf16", 3), ("frozen", "fp32", 1), ("frozen", "fp16", 2)],
 )
 def test_bytes_and_memory_are_exact_in_every_combination(
     two_ranks: World, target: str, precision: str, accumulation: int
