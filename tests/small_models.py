@@ -3,7 +3,7 @@
 The ranks import this module, so it imports nothing that only tests need.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -382,9 +382,9 @@ def train_step(engine: Engine, run: Run, step: int, rank: int, world: int) -> fl
     return sum(losses) / len(losses)
 
 
-def train_rank(rank: int, world: int, run: Run) -> Outcome:
-    """The same run on one of `world` ranks."""
-    engine = start_engine(run, run.build())
+def train_rank(rank: int, world: int, run: Run, zero: Mapping[str, Any] | None = None) -> Outcome:
+    """The same run on one of `world` ranks; `zero` has further keys of `zero_optimization`."""
+    engine = start_engine(run, run.build(), zero_optimization={"stage": run.stage, **(zero or {})})
     losses, norms = [], []
     for step in range(run.steps):
         losses.append(train_step(engine, run, step, rank, world))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hand_made import PROCESSOR
-from small_models import Outcome, Run, start_engine, train_alone, train_step
+from small_models import Outcome, Run, start_engine, train_alone, train_rank, train_step
 from windtunnel.collectives.ring import RING
 from windtunnel.collectives.trace import Trace
 from windtunnel.collectives.zero import (
@@ -40,20 +40,8 @@ def alone(run: Run) -> Outcome:
     return train_alone(replace(run, stage=0, accumulation=1))
 
 
-def train_with(rank: int, world: int, run: Run, zero: dict[str, Any]) -> Outcome:
-    engine = start_engine(run, run.build(), zero_optimization={"stage": run.stage, **zero})
-    losses, norms = [], []
-    for step in range(run.steps):
-        losses.append(train_step(engine, run, step, rank, world))
-        if (norm := engine.get_global_grad_norm()) is not None:
-            norms.append(norm)
-    outcome = Outcome(losses, engine.full_parameters(), norms)
-    engine.close()
-    return outcome
-
-
 def check(world: World, run: Run, zero: dict[str, Any]) -> None:
-    for outcome in world.run(train_with, run, zero):
+    for outcome in world.run(train_rank, run, zero):
         for name, wanted in alone(run).parameters.items():
             limit = TOLERANCE * (float(wanted.norm()) or 1.0)
             assert float((outcome.parameters[name] - wanted).norm()) <= limit, name

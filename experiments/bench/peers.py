@@ -4,7 +4,7 @@
 
 Step times are interleaved: all contenders live in the same ranks, each with its own copy of the model, and take turns
 step by step, so that a disturbance of the machine meets them all. Memory and the time to the first step need a process
-of one's own: each contender runs in fresh ones. Writes results/peers.csv. Every contender gets torch's fused AdamW;
+of one's own: each contender runs in fresh ones. Writes results/peers_MODEL.csv. Every contender gets torch's fused AdamW;
 DeepSpeed (extra "peers") is left out, and said so, where it is not installed.
 """
 
@@ -33,7 +33,7 @@ from ..files import write_csv
 from ..models import ModelSpec
 from ..transformer import Transformer, initialize_weights
 
-RESULTS = Path(__file__).parent / "results" / "peers.csv"
+RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3
 LOSS_STEPS = 10
 LEARNING_RATE = 1e-4
@@ -322,7 +322,7 @@ def main() -> None:
         )
         print(*list(rows[-1].values())[2:], sep="\t", flush=True)
     if not said.no_footprint:
-        write_csv(RESULTS.with_name(f"peers_{said.model}.csv"), rows)
+        write_csv(RESULTS / f"peers_{said.model}.csv", rows)
 
 
 if __name__ == "__main__":
