@@ -4,7 +4,7 @@
 
 Step times are interleaved: all contenders live in the same ranks, each with its own copy of the model, and take turns
 step by step, so that a disturbance of the machine meets them all. Memory and the time to the first step need a process
-of one's own: each contender runs in fresh ones. Writes results/peers_MODEL.csv. Every contender gets torch's fused AdamW;
+of one's own: each contender runs in fresh ones. Writes results/peers_MODEL.csv. All get torch's fused AdamW;
 DeepSpeed (extra "peers") is left out, and said so, where it is not installed.
 """
 
