@@ -7,7 +7,7 @@ script          what a DeepSpeed script calls besides initialize: arguments, ini
 gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
 dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
-mesh            how many ranks each kind of parallelism gets
+mesh            how ranks are divided between kinds of parallelism: a mesh of named axes
 schedule        learning-rate schedules as formulas
 scheduler       objects that set an optimizer's learning rate by them, or by torch's
 sampling        which samples each rank reads when
@@ -39,6 +39,7 @@ export          full weights as safetensors, from an engine or from a checkpoint
 agreement       ranks exchange objects, and fail together
 durable         files that are whole or absent
 redundancy      what a run keeps more than once, as its config says it
+roles           what a parameter is to the ranks that share the model
 groups          the groups that collectives run on, along the axes of the config's mesh
 placement       where state rests, as the config says it
 tier            what one rank keeps off its device: files, buffers that units share

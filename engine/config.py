@@ -18,7 +18,7 @@ from ..reading import STRICT, read_into
 from .activation_section import ActivationSection
 from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, scheme_named
 from .dialect import translated
-from .mesh import Mesh
+from .mesh import Parallelism, ParallelSection
 from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
 from .placement import OffloadOptimizerSection, OffloadParamSection, Placement
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
@@ -216,8 +216,8 @@ class Json:
         communication_data_type: gradients travel in this type.
         seed: of the data loader's order and of random compression.
         dp_size: data-parallel ranks; checked against the ranks that there are.
-        mp_size: tensor-parallel ranks; 1 so far.
-        pipeline_size: pipeline stages; 1 so far.
+        mp_size: tensor-parallel ranks.
+        pipeline_size: pipeline stages.
     """
 
     __pydantic_config__ = STRICT
@@ -249,13 +249,15 @@ class Json:
     dp_size: int | None = None
     mp_size: int = 1
     pipeline_size: int = 1
+    parallel: ParallelSection = field(default_factory=ParallelSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A run as resolved for a number of data-parallel ranks.
+    """A run as resolved for a number of ranks.
 
     Attributes:
+        parallelism: ranks by axis.
         micro_batch: samples of one rank in one forward.
         accumulation: micro-steps per optimizer step.
         clip: largest global gradient norm, 0 for none.
@@ -274,6 +276,7 @@ class Config:
     clip: float
     optimizer: OptimizerSection | None
     seed: int
+    parallelism: Parallelism
     formats: Precision = field(default_factory=Precision)
     redundancy: Redundancy = field(default_factory=Redundancy)
     compression: Compression = Compression()
@@ -290,19 +293,33 @@ class Config:
         """dtype of the parameters: "as is" keeps the model's own."""
         return self.formats.parameters
 
+    @property
+    def sample_ranks(self) -> int:
+        """Ranks, or groups of them, that train on samples of their own."""
+        assert self.parallelism.data is not None
+        return self.parallelism.data
+
     @classmethod
-    def read(cls, source: str | Path | Mapping[str, Any] | None, ranks: int, arguments: Any = None) -> "Config":
+    def read(cls, source: str | Path | Mapping[str, Any] | None, world: int, arguments: Any = None) -> "Config":
         """From a dict or the path of a JSON file; None gives the defaults.
 
         Args:
             arguments: of the script, from whose attributes values of "auto" are taken (see engine/dialect.py).
 
         Raises:
-            ValueError: an unknown key, a wrong type, or batch sizes that do not fit `ranks`.
+            ValueError: an unknown key, a wrong type, or sizes that do not fit a `world` of so many ranks.
         """
         where, data = load_json(source)
         keys = read_into(Json, translated(data, where, arguments), where)
-        Mesh(data=keys.dp_size, tensor=keys.mp_size, pipeline=keys.pipeline_size).check(ranks, where)
+        parallelism = Parallelism.of(
+            keys.parallel,
+            dp_size=keys.dp_size,
+            mp_size=keys.mp_size,
+            pipeline_size=keys.pipeline_size,
+            where=where,
+        ).over(world, where)
+        assert parallelism.data is not None
+        ranks = parallelism.data
         micro_batch, accumulation = _batch_sizes(keys, ranks, where)
         if not 0 <= keys.gradient_clipping < math.inf:
             raise ValueError(
@@ -325,9 +342,10 @@ class Config:
             clip=keys.gradient_clipping,
             optimizer=keys.optimizer,
             seed=keys.seed,
+            parallelism=parallelism,
             formats=formats,
             compression=compression,
-            redundancy=_redundancy(keys, ranks, where),
+            redundancy=_redundancy(keys, ranks, world, where),
             communication=keys.communication,
             buffers=keys.zero_optimization.buffers(),
             scheduler=keys.scheduler,
@@ -400,8 +418,12 @@ def _compression(keys: Json, where: str) -> Compression:
     return Compression(gradients=for_gradients, parameters=for_parameters, min_elements=section.min_elements)
 
 
-def _redundancy(keys: Json, ranks: int, where: str) -> Redundancy:
+def _redundancy(keys: Json, ranks: int, world: int, where: str) -> Redundancy:
     zero, local = keys.zero_optimization, keys.local_updates
+    if local is not None and ranks != world:
+        raise ValueError(
+            f"{where}: local_updates with {world // ranks} ranks for each copy of the model; allowed: one rank"
+        )
     if local is not None and local.outer == "average" and _compression(keys, where).gradients is not None:
         raise ValueError(
             f"{where}: local_updates.outer = 'average' sends parameters and no gradients, so a scheme for gradients"

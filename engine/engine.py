@@ -90,7 +90,7 @@ def initialize(
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
-    loader = _loader(training_data, collate_fn, settings, communicator)
+    loader = _loader(training_data, collate_fn, settings, groups.axis("data"))
     if loader is not None:
         engine.stateful["data_loader"] = loader
     return engine, engine.optimizer, loader, engine.lr_scheduler
@@ -126,15 +126,15 @@ def _pattern(
 
 
 def _loader(
-    data: Dataset | None, collate: Callable[[list[Any]], Any] | None, settings: Config, communicator: Communicator
+    data: Dataset | None, collate: Callable[[list[Any]], Any] | None, settings: Config, samples: Communicator
 ) -> ResumableLoader | None:
     if data is None:
         return None
     share = Share(
         micro_batch=settings.micro_batch,
         accumulation=settings.accumulation,
-        rank=communicator.rank,
-        world=communicator.world,
+        rank=samples.rank,
+        world=samples.world,
     )
     return ResumableLoader(data, share, seed=settings.seed, options=settings.data_loading, collate=collate)
 
@@ -182,7 +182,7 @@ class Engine(Queries, Saves, nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.settings, self.groups = model, settings, groups
-        self.communicator = communicator = groups.everyone
+        self.communicator = communicator = groups.run
         self.global_steps = self.micro_steps = 0
         self.lr_scheduler: Any = None
         self.criterion: Criterion | None = None
@@ -207,14 +207,14 @@ class Engine(Queries, Saves, nn.Module):
             communicator.observer.enter("initialize", part.block)
             dtype = DTYPES.get(settings.precision, part.dtype)
             gradients = DTYPES.get(settings.formats.gradients, dtype)
-            unit = FlatUnit(part, settings.zero, groups, dtype, communicator.observer, gradients)
-            communicator.replicate([unit.full])
+            unit = FlatUnit(part, settings.zero, groups.of(part.role), dtype, communicator.observer, gradients)
+            groups.replicate([unit.full], part.role)
             unit.take_shard(self.tiers, layout_of.get(part))
             flat.append(unit)
         communicator.observer.enter("initialize.end", -1)
         with communicator.observer.category("buffers"):
             _narrow_buffers(model, settings)
-        communicator.replicate(model.buffers())
+        groups.everyone.replicate(model.buffers())
         self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
         if self.tiers is not None:
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
@@ -347,9 +347,8 @@ class Engine(Queries, Saves, nn.Module):
             weight: (batch, output) -> what a batch counts; see engine/evaluation.py.
         """
         if isinstance(data, Dataset):
-            data = evaluation_loader(
-                data, self.settings.micro_batch, self.communicator.rank, self.communicator.world, self.collate
-            )
+            samples = self.groups.axis("data")
+            data = evaluation_loader(data, self.settings.micro_batch, samples.rank, samples.world, self.collate)
         found = evaluate(self, data, weight=weight)
         self.log({f"{name}/loss": found.loss, f"{name}/perplexity": found.perplexity})
         return found

@@ -38,7 +38,7 @@ class SimCommunicator(Communicator):
 
     def along(self, mesh: Mesh, axis: str) -> Communicator:
         self.recorder.world = mesh.sizes
-        return SimCommunicator(axis, mesh.sizes[axis], self.recorder)
+        return SimCommunicator(axis, mesh.placement(axis).size, self.recorder)
 
     def perform(self, call: Call) -> Handle:
         entry = call.entry

@@ -1,29 +1,36 @@
 """The groups that a model's collectives run on, made once from the config: communicators along the axes of its mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..collectives.groups import Mesh, tiers_along
+from ..collectives.groups import JOINED, Mesh, tiers_along
 from .communicator import Communicator, SoloCommunicator
 from .compressed import NodeGrid, compressed, uncompressed
 from .config import Communication, Config
+from .mesh import OF_SAMPLES
+from .roles import Role
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """What each collective of a data-parallel engine spans. Where nothing is kept twice, `shard` is `everyone`.
+    """What each collective of an engine spans. Where nothing is kept twice, `shard` is `everyone`.
 
     Attributes:
-        everyone: all ranks that train on samples of their own: initial values.
+        everyone: all ranks that train the same parameters on tokens of their own: initial values.
         together: ranks whose gradients make one step: the mean, flags. All of them, or each by itself.
         shard: ranks that together hold one copy of what is sharded: gathers, reduce-scatters, sums over shards.
         replica: ranks that hold the same shard: reduced gradients are summed over them.
         secondary: ranks that together hold the second copy of the parameters; a group of one where there is none.
         others: that compressed collectives of these are made of.
+        beside: the axes along which ranks share one model, and "data", by name; without those of a single rank.
+        whole: all ranks of the run; None where they are `everyone`.
+        copies: how many ranks along the axes beside have the same reduced gradients of the units that use these groups.
+        sums_beside: whether `replica` is such an axis, along which gradients are summed too.
     """
 
     everyone: Communicator
@@ -32,9 +39,58 @@ class Groups:
     replica: Communicator
     secondary: Communicator
     others: tuple[Communicator, ...] = ()
+    beside: Mapping[str, Communicator] = field(default_factory=dict)
+    whole: Communicator | None = None
+    copies: int = 1
+    sums_beside: bool = False
+
+    @property
+    def run(self) -> Communicator:
+        """All ranks of the run: what a step is decided by."""
+        return self.everyone if self.whole is None else self.whole
+
+    def axis(self, name: str) -> Communicator:
+        """The ranks along an axis of the mesh; a group of one where it has no others. Those of "data" have samples of
+        their own.
+        """
+        if name in self.beside:
+            return self.beside[name]
+        return self.everyone if name == "data" else _alone(self.everyone, name)
+
+    def of(self, role: Role) -> "Groups":
+        """Those of a unit whose parameters have a role.
+
+        Raises:
+            ValueError: gradients that would have to be summed over replicas as well as along another axis.
+        """
+        own = (*OF_SAMPLES, "pipeline", *role.cut)
+        copies = prod(group.world for name, group in self.beside.items() if name not in own)
+        partial = [self.axis(name) for name in role.partial if self.axis(name).world > 1]
+        if not partial:
+            return replace(self, copies=copies)
+        if self.replica.world > 1 or len(partial) > 1:
+            raise ValueError(
+                f"gradients are sums over {', '.join(role.partial)} and over replicas of shards"
+                " (zero_optimization.mics_shard_size); allowed: one of the two"
+            )
+        return replace(self, replica=partial[0], copies=copies, sums_beside=True)
+
+    def replicate(self, tensors: Iterable[Tensor], role: Role) -> None:
+        """The same values on all ranks that are to have them, before training."""
+        tensors = list(tensors)
+        self.everyone.replicate(tensors)
+        for name, group in self.beside.items():
+            if name not in (*OF_SAMPLES, "pipeline", *role.cut):
+                group.replicate(tensors)
+
+    def holders(self, *, sharded: bool) -> int:
+        """How many ranks of the run have the same reduced gradient, of a unit that is sharded over `shard` or not."""
+        if not sharded:
+            return self.copies * self.together.world
+        return self.copies * (1 if self.sums_beside else self.replica.world)
 
     @classmethod
-    def whole(cls, everyone: Communicator) -> "Groups":
+    def only(cls, everyone: Communicator) -> "Groups":
         """Nothing is kept twice."""
         return cls(everyone, everyone, everyone, _alone(everyone), _alone(everyone))
 
@@ -46,9 +102,8 @@ class Groups:
 
     def each(self) -> tuple[Communicator, ...]:
         """The communicators, each once."""
-        return tuple(
-            dict.fromkeys((self.everyone, self.together, self.shard, self.replica, self.secondary, *self.others))
-        )
+        kept = (self.everyone, self.together, self.shard, self.replica, self.secondary, *self.others)
+        return tuple(dict.fromkeys((*kept, *self.beside.values(), self.run)))
 
     def overflow(self) -> Tensor | None:
         """Whether a collective of gradients made inf or nan of what it sent: a flag on the device [], of this rank."""
@@ -74,35 +129,61 @@ def groups_for(communicator: Communicator, settings: Config) -> Groups:
     """The groups of a run, on every rank of `communicator` at the same time.
 
     Args:
-        communicator: spans all data-parallel ranks; where there are several axes it is renamed to what they make.
+        communicator: spans all ranks; where there are several axes it is renamed to what they make.
 
     Raises:
         ValueError: what the config says of communication cannot be done here.
     """
     communicator.follow(settings.communication)
-    mesh = settings.redundancy.mesh(communicator.world)
-    if len(mesh.axes) == 1:
-        return Groups.whole(compressed(communicator, settings.compression, settings.seed))
-    (inner, _), (outer, _) = mesh.axes
+    parallelism = settings.parallelism
+    data = settings.redundancy.mesh(settings.sample_ranks)
+    mesh = parallelism.mesh(data)
+    if len(mesh.axes) == 1 and mesh == data:
+        return Groups.only(compressed(communicator, settings.compression, settings.seed))
+    communicator.axis = JOINED.join(name for name, _ in mesh.axes)
+    if mesh == data:
+        return _redundant(communicator, communicator, mesh, settings)
+    beside = {
+        name: _along(communicator, mesh, name, settings.communication)
+        for name, size in parallelism.sizes.items()
+        if size > 1 and name != "data"
+    }
+    names = JOINED.join(name for name, _ in mesh.axes if name in OF_SAMPLES or name in data.sizes)
+    samples = JOINED.join(data.sizes)
+    everyone = _along(communicator, mesh, names, settings.communication)
+    beside["data"] = everyone if samples == names else _along(communicator, mesh, samples, settings.communication)
+    if len(data.axes) == 1:
+        groups = Groups.only(compressed(everyone, settings.compression, settings.seed))
+    else:
+        groups = _redundant(communicator, everyone, mesh, settings)
+    return replace(groups, beside=beside, whole=communicator)
+
+
+def _redundant(communicator: Communicator, everyone: Communicator, mesh: Mesh, settings: Config) -> Groups:
+    """The groups of data-parallel ranks that keep something twice.
+
+    Args:
+        communicator: of all ranks of the mesh; `everyone`: of the data-parallel ones.
+    """
+    (inner, _), (outer, _) = settings.redundancy.mesh(settings.sample_ranks).axes
     near, far = (_along(communicator, mesh, axis, settings.communication) for axis in (inner, outer))
-    communicator.axis = f"{inner}*{outer}"
     if settings.redundancy.secondary_ranks > 1:
         # What was gathered for forward has been rounded already; what backward gathers of it goes as it is.
-        whole = compressed(communicator, settings.compression, settings.seed, NodeGrid(near, far))
-        return Groups(whole, whole, whole, _alone(communicator), near, (far,))
+        whole = compressed(everyone, settings.compression, settings.seed, NodeGrid(near, far))
+        return Groups(whole, whole, whole, _alone(everyone), near, (far,))
     shard, replica = (compressed(group, settings.compression, settings.seed) for group in (near, far))
-    return Groups(communicator, communicator, shard, replica, _alone(communicator))
+    return Groups(everyone, everyone, shard, replica, _alone(everyone))
 
 
 def _along(communicator: Communicator, mesh: Mesh, axis: str, wishes: Communication) -> Communicator:
     """A group of an axis, which does as the config says on the network that it sees."""
-    seen = tiers_along(mesh.placement(axis), wishes.network())
+    seen = tiers_along(mesh.placement(axis), wishes.network()) if wishes.tiers else ()
     group = communicator.along(mesh, axis)
     group.follow(replace(wishes, tiers=tuple(asdict(tier) for tier in seen)))
     return group
 
 
-def _alone(communicator: Communicator) -> Communicator:
-    solo = SoloCommunicator(communicator.axis)
+def _alone(communicator: Communicator, axis: str | None = None) -> Communicator:
+    solo = SoloCommunicator(communicator.axis if axis is None else axis)
     solo.observer = communicator.observer
     return solo

@@ -1,45 +1,119 @@
-"""How many ranks each kind of parallelism gets."""
+"""How the ranks of a run are divided between the kinds of parallelism: a mesh of named axes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
+
+from ..collectives.groups import Mesh
+from ..reading import STRICT
+
+ORDER = ("tensor", "context", "data", "pipeline")
+"""The axes, innermost first: ranks that talk most are neighbours (Narayanan et al. 2021, section 3.2)."""
+
+OF_SAMPLES = ("context", "data")
+"""Axes along which ranks compute on different tokens with the same parameters: their gradients are averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """Ranks by axis, as config states them.
+class ParallelSection:
+    """`parallel`: ours; ranks by kind of parallelism.
 
     Attributes:
-        data: ranks that see different samples; None for all that the others leave.
-        tensor: ranks that share each layer.
-        pipeline: ranks that have different layers.
+        tensor: ranks that share each layer, as `mp_size`.
+        context: ranks that share each sequence.
+        pipeline: ranks that have different layers, as `pipeline_size`.
+        order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
+        sequence_parallel: what tensor-parallel layers pass to each other is cut along the sequence, where it would
+            else be on all of them (Korthikanti et al. 2022).
     """
+
+    __pydantic_config__ = STRICT
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    order: tuple[str, ...] = ORDER
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != sorted(ORDER):
+            raise ValueError(f"order = {list(self.order)}; allowed: {', '.join(ORDER)}, each once, innermost first")
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel = true with tensor = 1; allowed: with tensor > 1, whose ranks share it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallelism:
+    """Ranks by axis, as config states them; `data` None for all that the others leave."""
 
     data: int | None = None
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
+    order: tuple[str, ...] = field(default=ORDER)
+    sequence_parallel: bool = False
 
-    def check(self, world: int, where: str) -> None:
-        """Whether the engine can train on this mesh.
-
-        Args:
-            world: ranks that there are.
-            where: what an error calls the place.
+    @classmethod
+    def of(
+        cls, section: ParallelSection, *, dp_size: int | None, mp_size: int, pipeline_size: int, where: str
+    ) -> "Parallelism":
+        """What the section and the three keys say together.
 
         Raises:
-            ValueError: a size below 1, a product other than `world`, or a kind of parallelism that is not performed.
+            ValueError: a size below 1, or two different sizes for the same axis.
         """
-        data = self.data if self.data is not None else max(1, world // max(1, self.tensor * self.pipeline))
-        sizes = {"dp_size": data, "mp_size": self.tensor, "pipeline_size": self.pipeline}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{where}: {name} = {size}; allowed: an integer >= 1")
-        if (product := data * self.tensor * self.pipeline) != world:
+        sizes = {}
+        for key, name, given in (("mp_size", "tensor", mp_size), ("pipeline_size", "pipeline", pipeline_size)):
+            ours = getattr(section, name)
+            if 1 not in (ours, given) and ours != given:
+                raise ValueError(f"{where}: {key} = {given} and parallel.{name} = {ours}; allowed: one of them")
+            sizes[name] = given if ours == 1 else ours
+        stated = {"dp_size": dp_size, "mp_size": sizes["tensor"], "pipeline_size": sizes["pipeline"]}
+        for key, size in (stated | {"parallel.context": section.context}).items():
+            if size is not None and size < 1:
+                raise ValueError(f"{where}: {key} = {size}; allowed: an integer >= 1")
+        return cls(
+            data=dp_size,
+            context=section.context,
+            order=section.order,
+            sequence_parallel=section.sequence_parallel,
+            **sizes,
+        )
+
+    def over(self, world: int, where: str) -> "Parallelism":
+        """The same with `data` resolved for a number of ranks.
+
+        Raises:
+            ValueError: a product of sizes other than `world`.
+        """
+        others = self.tensor * self.context * self.pipeline
+        sizes = {
+            "dp_size": self.data if self.data is not None else max(1, world // others),
+            "mp_size": self.tensor,
+            "pipeline_size": self.pipeline,
+        }
+        if self.context > 1:
+            sizes["parallel.context"] = self.context
+        if (product := prod(sizes.values())) != world:
             raise ValueError(
-                f"{where}: {' * '.join(sizes)} = {data} * {self.tensor} * {self.pipeline} = {product}, but world ="
+                f"{where}: {' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {product}, but world ="
                 f" {world}; start {product} ranks, or change the sizes"
             )
-        for name, kind in (("mp_size", "tensor"), ("pipeline_size", "pipeline")):
-            if sizes[name] > 1:
-                raise ValueError(
-                    f"{where}: {name} = {sizes[name]}; allowed: 1, because {kind} parallelism is not performed yet;"
-                    f" dp_size = {world} trains on the same ranks"
-                )
+        return Parallelism(
+            data=sizes["dp_size"],
+            tensor=self.tensor,
+            context=self.context,
+            pipeline=self.pipeline,
+            order=self.order,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks by axis, innermost first; `data` must be resolved."""
+        return {name: getattr(self, name) for name in self.order}
+
+    def mesh(self, data: Mesh) -> Mesh:
+        """The mesh, without axes of a single rank; the axes of `data` stand where the data axis does."""
+        axes: list[tuple[str, int]] = []
+        for name in self.order:
+            axes += data.axes if name == "data" else [(name, self.sizes[name])]
+        return Mesh(tuple((name, size) for name, size in axes if size > 1 or (name, size) in data.axes))

@@ -205,7 +205,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         needed = self.clip > 0 or self.scaler.policy.skip
         squares = self._sum_of_squares() if needed else self._scalar(0.0)
         both = torch.stack([squares, self._scalar(float(self.runtime.missing))])
-        self.runtime.communicator.all_reduce(both, "gradient check", scalar=True).wait()
+        self.runtime.deciding.all_reduce(both, "gradient check", scalar=True).wait()
         self.runtime.observer.synchronized()
         # In a flight every parameter is used.
         total, missed = (SOME_NORM**2, 0.0) if both.device.type == "sim" else both.tolist()
@@ -221,11 +221,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         squares = self._scalar(0.0)
         for unit in self.units:
             self.enter("norm", unit)
-            squares += unit.gradient_norm(squares.dtype).square()
+            squares += unit.gradient_norm(squares.dtype).square() / unit.holders
         self.runtime.observer.enter("norm.end", -1)
-        groups = self.runtime.groups
-        squares /= groups.replica.world if self.runtime.zero.optimizer else groups.together.world
-        lost = groups.overflow()
+        lost = self.runtime.groups.overflow()
         return squares if lost is None else torch.where(lost, math.inf, squares)
 
     def _scalar(self, value: float) -> Tensor:
@@ -245,7 +243,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.runtime.drop_step()
         before = self.scaler.scale
         self.scaler.update(overflow=True)
-        if self.runtime.communicator.rank == 0:
+        if self.runtime.deciding.rank == 0:
             log.warning(
                 "step skipped: a gradient is inf or nan at loss scale %g; the next scale is %g",
                 before,

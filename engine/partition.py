@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .roles import WHOLE, Role, role_of
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -24,13 +26,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What becomes one flat unit: parameters of one unit module that share dtype, trainability and parameter group.
+    """What becomes one flat unit: parameters of one unit module that share dtype, trainability, group and role.
 
     Attributes:
         owner: the unit module, whose forward needs them.
         block: its number among the repeated blocks, -1 for the root.
         number: its number among the parts of its owner.
         persistent: its parameters stay whole on every rank, even where parameters are sharded.
+        role: what its parameters are to the ranks that share the model.
     """
 
     owner: nn.Module
@@ -38,6 +41,7 @@ class Part:
     slots: tuple[Slot, ...]
     number: int = 0
     persistent: bool = False
+    role: Role = WHOLE
 
     @property
     def trainable(self) -> bool:
@@ -107,13 +111,14 @@ def partition(
             raise ValueError(f"parameter {name!r} requires a gradient but is in no parameter group of the optimizer")
         owner = homes[parameter]
         persistent = parameter.numel() < persistent_below
-        key = (number.get(owner, -1), owner, persistent, parameter.dtype, parameter.requires_grad, group)
+        role = role_of(parameter)
+        key = (number.get(owner, -1), owner, persistent, role, parameter.dtype, parameter.requires_grad, group)
         parts.setdefault(key, []).append(Slot(name, parameter, group))
     cut: list[Part] = []
     count: Counter[nn.Module] = Counter()
-    for (block, owner, persistent, *_), slots in parts.items():
+    for (block, owner, persistent, role, *_), slots in parts.items():
         for bucket in _buckets(slots, bucket_elements):
-            cut.append(Part(owner, block, bucket, count[owner], persistent))
+            cut.append(Part(owner, block, bucket, count[owner], persistent, role))
             count[owner] += 1
     return blocks, sorted(cut, key=lambda part: part.block)
 

@@ -58,7 +58,10 @@ class Queries:
     def world_size(self) -> int:
         return self.communicator.world
 
-    dp_world_size = world_size
+    @property
+    def dp_world_size(self) -> int:
+        """Ranks, or groups of them, that train on samples of their own."""
+        return self.settings.sample_ranks
 
     # Batches and steps #
 
@@ -69,7 +72,7 @@ class Queries:
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, of all ranks."""
-        return self.settings.micro_batch * self.settings.accumulation * self.communicator.world
+        return self.settings.micro_batch * self.settings.accumulation * self.settings.sample_ranks
 
     def train_micro_batch_size_per_gpu(self) -> int:
         return self.settings.micro_batch

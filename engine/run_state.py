@@ -121,7 +121,7 @@ def check_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
 
 def layout(engine: "Engine") -> list[Any]:
     """What must be equal for a rank's own state to mean the same."""
-    mesh = engine.settings.redundancy.mesh(engine.communicator.world)
+    mesh = engine.settings.redundancy.mesh(engine.settings.sample_ranks)
     return [engine.settings.zero.stage, *mesh.axes, *((unit.label, unit.elements) for unit in engine.runtime.units)]
 
 

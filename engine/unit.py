@@ -395,10 +395,15 @@ class FlatUnit:
         Once per step: the sums of a step's micro-steps are summed as well as each of them (Zhang et al. 2022, MiCS:
         2-hop gradient synchronization).
         """
-        if not self.zero.optimizer:
+        if self.groups.replica.world == 1:
             return DONE
-        self.between_replicas = self.groups.replica.world > 1
+        self.between_replicas = True
         return self.groups.replica.all_reduce(self.gradient_shard, f"gradient shards of {self.label}")
+
+    @property
+    def holders(self) -> int:
+        """How many ranks of the run have the same reduced gradient shard as this one."""
+        return self.groups.holders(sharded=self.zero.optimizer)
 
     def gradient_norm(self, dtype: torch.dtype) -> Tensor:
         """Norm of the reduced gradient shard, a scalar of `dtype` on the device."""

@@ -120,6 +120,11 @@ class ZeroRuntime:
         """The ranks whose gradients make one step."""
         return self.groups.together
 
+    @property
+    def deciding(self) -> Communicator:
+        """The ranks that step, or do not, together: all of the run, unless each steps by itself."""
+        return self.groups.together if self.groups.together is not self.groups.everyone else self.groups.run
+
     def work_in(self, groups: Groups) -> None:
         """Between steps, where nothing is sharded: have collectives span other groups from now on."""
         assert not self.zero.optimizer

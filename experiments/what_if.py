@@ -116,8 +116,9 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "activation_checkpointing.cpu_checkpointing": "copies of activations to the host are not simulated",
     "activation_checkpointing.number_checkpoints": "memory, by the number of places",
     "dp_size": "nothing: it is checked",
-    "mp_size": "nothing: it is checked",
-    "pipeline_size": "nothing: it is checked",
+    "mp_size": "as `windtunnel simulate --tp` says",
+    "pipeline_size": "as `windtunnel simulate --pp` says",
+    "parallel": "as `windtunnel simulate` says of `--tp`, `--pp` and `--sequence-parallel`",
 }
 """Keys (or whole sections) whose price the table cannot show, and what is to be said instead."""
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scripts import classifier, gathered, snippet
 from torch import Tensor, nn
 from windtunnel import comm, zero
+from windtunnel.collectives.groups import Mesh
 from windtunnel.engine.config import Config
 from windtunnel.engine.dialect import ALWAYS, AUTO, REFUSED, RENAMED, translated
 from windtunnel.engine.engine import Engine, initialize
 from windtunnel.engine.loss import loss_of
-from windtunnel.engine.mesh import Mesh
 from windtunnel.engine.queries import UNSUPPORTED
 from windtunnel.engine.world import World
 
@@ -129,20 +129,20 @@ def test_the_mesh_of_eight_needs_eight() -> None:
     config = {"mp_size": 2, "dp_size": 2, "pipeline_size": 2}
     with pytest.raises(ValueError, match=r"dp_size \* mp_size \* pipeline_size = 2 \* 2 \* 2 = 8, but world = 1"):
         snippet.main(config)
-    with pytest.raises(ValueError, match=r"mp_size = 2; allowed: 1, because tensor parallelism is not performed yet"):
-        Config.read(config, 8)
 
 
 @given(data=st.integers(1, 8), tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world=st.integers(1, 64))
 def test_meshes(data: int, tensor: int, pipeline: int, world: int) -> None:
-    mesh = Mesh(data=data, tensor=tensor, pipeline=pipeline)
+    keys = {"dp_size": data, "mp_size": tensor, "pipeline_size": pipeline}
     product = data * tensor * pipeline
-    if product == world and tensor == pipeline == 1:
-        mesh.check(world, "config")
-        return
-    message = f"= {product}, but world = {world}" if product != world else r"_size = \d; allowed: 1, because"
-    with pytest.raises(ValueError, match=message):
-        mesh.check(world, "config")
+    if product != world:
+        with pytest.raises(ValueError, match=f"= {product}, but world = {world}"):
+            Config.read(keys, world)
+    found = Config.read(keys, product).parallelism
+    mesh = found.mesh(Mesh.of({"data": data}))
+    assert mesh.world == product
+    assert found.sizes == {"tensor": tensor, "context": 1, "data": data, "pipeline": pipeline}
+    assert list(mesh.sizes) == [name for name, size in found.sizes.items() if size > 1 or name == "data"]
 
 
 @pytest.mark.parametrize("key", ["dp_size", "mp_size", "pipeline_size"])

@@ -49,7 +49,7 @@ class Shapes(nn.Module):
 
 def make_unit(model: nn.Module, stage: int, communicator: Communicator, dtype: torch.dtype | None = None) -> FlatUnit:
     _, parts = partition(model, [{"params": list(model.parameters())}])
-    unit = FlatUnit(parts[0], Zero.of_stage(stage), Groups.whole(communicator), dtype or parts[0].dtype, SILENT)
+    unit = FlatUnit(parts[0], Zero.of_stage(stage), Groups.only(communicator), dtype or parts[0].dtype, SILENT)
     unit.take_shard()
     return unit
 
@@ -193,7 +193,7 @@ def test_masters_are_wide(dtype: torch.dtype, master: torch.dtype, stage: int) -
 def test_a_frozen_unit_has_neither_gradient_nor_master() -> None:
     model = Shapes([(3,)]).requires_grad_(False)
     _, parts = partition(model, [])
-    unit = FlatUnit(parts[0], Zero.of_stage(3), Groups.whole(Imagined(0, 2)), torch.float32, SILENT)
+    unit = FlatUnit(parts[0], Zero.of_stage(3), Groups.only(Imagined(0, 2)), torch.float32, SILENT)
     unit.take_shard()
     assert not unit.size.trainable
     assert not hasattr(unit, "gradient")
