@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from windtunnel.collectives.zero import Zero
 from windtunnel.engine.config import Config, OptimizerSection
 from windtunnel.engine.loss_scale import ScalePolicy
+from windtunnel.engine.mesh import Parallelism
 from windtunnel.engine.precision import Precision
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -72,6 +73,7 @@ def test_defaults() -> None:
         clip=0.0,
         optimizer=None,
         seed=1234,
+        parallelism=Parallelism(data=4),
         formats=Precision(parameters="as is", gradients="as parameters", autocast="off", scaling=ScalePolicy()),
     )
 
@@ -95,6 +97,7 @@ def test_every_key() -> None:
         formats=Precision(parameters="fp16", scaling=ScalePolicy(initial=1024.0, skip=True)),
         optimizer=OptimizerSection(type="AdamW", params={"lr": 1e-3, "betas": [0.9, 0.95]}),
         seed=7,
+        parallelism=Parallelism(data=4),
     )
 
 
