@@ -2,15 +2,19 @@
 
 import ctypes
 import os
+import weakref
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
+from ..collectives.trace import Copy
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
 from .gloo import GlooCommunicator
+from .observer import Observer
 from .transfer import CudaTransfers, SimTransfers, Transfers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,14 +139,36 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 class CopyStream:
-    """Copies to the host that run beside the computation on a GPU; at once on other devices."""
+    """Copies of what rests on the host for a while. At once, where the device's memory is the host's."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
 
-    def copy(self, target: Tensor, source: Tensor) -> "torch.cuda.Event | None":
-        """Start to copy what `source` has when the computation issued so far has ended."""
-        if self._stream is None or source.device == target.device:
+    def memory(self, nbytes: int) -> Tensor:
+        """[nbytes] of the host's memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Start to copy what `source` has when the computation issued so far has ended; `fetch` wants the answer."""
+        target.copy_(source)
+
+    def fetch(self, values: Tensor, copied: Any) -> Tensor:
+        """What rests in `values`, on the device, for what is computed next."""
+        return values.to(self.device)
+
+
+class CudaCopyStream(CopyStream):
+    """A stream of its own, so that copies to the host run beside the computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)
+
+    def memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        if source.device == target.device:
             target.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(source.device))
@@ -151,10 +177,46 @@ class CopyStream:
             source.record_stream(self._stream)
             return self._stream.record_event()
 
-    def wait(self, started: "torch.cuda.Event | None") -> None:
-        """The computation issued from here on comes after the copy."""
-        if started is not None:
-            torch.cuda.current_stream().wait_event(started)
+    def fetch(self, values: Tensor, copied: torch.cuda.Event | None) -> Tensor:
+        if copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+        return values.to(self.device, non_blocking=True)
+
+
+class SimCopyStream(CopyStream):
+    """In a flight: writes down what would be copied. Host memory is on torch's meta device: shapes only."""
+
+    def __init__(self, device: torch.device, observer: Observer) -> None:
+        super().__init__(device)
+        self.observer = observer
+
+    def memory(self, nbytes: int) -> Tensor:
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        place = self.observer.rests("host", nbytes, "activations")
+        weakref.finalize(tensor.untyped_storage(), self.observer.leaves, place).atexit = False
+        return tensor
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        if target.device == source.device:
+            target.copy_(source)
+            return None
+        return self.observer.moves(Copy("to_host", source.numel() * source.element_size(), "saved inputs"))
+
+    def fetch(self, values: Tensor, copied: Any) -> Tensor:
+        if copied is None:
+            return values
+        self.observer.awaits(copied, "to_device")
+        result = torch.empty(values.shape, dtype=values.dtype, device=self.device)
+        back = self.observer.moves(Copy("to_device", values.numel() * values.element_size(), "saved inputs"))
+        self.observer.awaits(back, "compute")
+        return result
+
+
+def copy_stream_for(device: torch.device, observer: Observer) -> CopyStream:
+    """What copies tensors of `device` to the host and back."""
+    if device.type == "sim":
+        return SimCopyStream(device, observer)
+    return CudaCopyStream(device) if device.type == "cuda" else CopyStream(device)
 
 
 def transfers_for(device: torch.device, communicator: Communicator, timeout_s: float, *, pin: bool) -> Transfers:

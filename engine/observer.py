@@ -42,8 +42,11 @@ class Observer:
     def awaits(self, started: Any, stream: str) -> None:
         """A stream (see Wait in collectives/trace.py) goes on when what was started has ended."""
 
-    def rests(self, tier: str, nbytes: int, category: str) -> None:
-        """Memory of a tier that is not the device's is taken, and kept."""
+    def rests(self, tier: str, nbytes: int, category: str) -> Any:
+        """Memory of a tier that is not the device's is taken; the answer is what `leaves` wants."""
+
+    def leaves(self, taken: Any) -> None:
+        """Memory that `rests` told of is given back."""
 
 
 SILENT = Observer()

@@ -104,8 +104,11 @@ class Recorder(Observer):
     def awaits(self, started: Address, stream: str) -> None:
         self._append(Wait(self._ref(started), stream))
 
-    def rests(self, tier: str, nbytes: int, category: str) -> None:
-        self._append(Alloc(nbytes, category, tier))
+    def rests(self, tier: str, nbytes: int, category: str) -> Address:
+        return self._append(Alloc(nbytes, category, tier))
+
+    def leaves(self, taken: Address) -> None:
+        self._append(Free(self._ref(taken)))
 
     # What the dispatcher shows #
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .communicator import Communicator
-from .device import CopyStream
+from .device import copy_stream_for
 from .observer import Observer
 
 ALIGNMENT_BYTES = 64
@@ -34,22 +34,14 @@ class Shelf:
         host: they rest on the host; pinned and copied beside the computation where the device is a GPU.
         slots: places in one buffer for the inputs of that many blocks; None for memory of their own.
         group: the tensor-parallel ranks, whose inputs are equal; each keeps a part. One rank keeps all of it.
-
-    Raises:
-        ValueError: the host, for a device without one.
     """
 
     def __init__(
         self, device: torch.device, *, host: bool, slots: int | None, group: Communicator, observer: Observer
     ) -> None:
-        if host and device.type == "sim":
-            raise ValueError(
-                "activation_checkpointing.cpu_checkpointing = true; allowed on the simulated device: false, copies of"
-                " activations to the host are not simulated"
-            )
         self.device, self.host, self.group = device, host, group
         self.arena = None if slots is None else Arena(slots, self._memory)
-        self.copies = CopyStream(device)
+        self.copies = copy_stream_for(device, observer)
         self._observer = observer
 
     @property
@@ -93,7 +85,7 @@ class Shelf:
         """[nbytes] where inputs rest."""
         with self._observer.category("activations"):
             if self.host:
-                return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
+                return self.copies.memory(nbytes)
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
@@ -134,8 +126,7 @@ class Copy:
     def fetch(self) -> Tensor:
         shelf = self._shelf
         with torch.no_grad():
-            shelf.copies.wait(self._ready)
-            values = self.place.to(shelf.device, non_blocking=True)
+            values = shelf.copies.fetch(self.place, self._ready)
             if shelf.group.world > 1:
                 whole = self._whole(values.dtype)
                 self._mine(whole).copy_(values)

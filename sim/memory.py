@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..collectives.trace import CATEGORIES, TIERS, Alloc, Free, Trace, walk
+from ..collectives.trace import CATEGORIES, TIERS, Alloc, Free, Trace
 from .hardware import Processor
 
 SMALL_BYTES = 1 << 20
@@ -28,6 +28,7 @@ class Memory:
         peak: bytes by category at the instant of the largest total.
         reserved_bytes: what the allocator holds at most; fragmentation is not in it.
         state: bytes of parameters, gradients and optimizer values when the last step has ended.
+        left: bytes of everything then, by category.
         events: (number of the op in program order, bytes in use) at each change, for timelines.
         elsewhere: bytes by tier that rest off the device, buffers for their sake included.
     """
@@ -35,6 +36,7 @@ class Memory:
     peak: dict[str, int]
     reserved_bytes: int
     state: dict[str, int]
+    left: dict[str, int]
     events: tuple[tuple[int, int], ...]
     elsewhere: dict[str, int]
 
@@ -51,24 +53,28 @@ def replay_memory(trace: Trace, processor: Processor) -> Memory:
     """
     allocator = _Allocator(processor)
     for number, alloc, sign in _changes(trace):
-        allocator.change(number, alloc, sign)
+        if alloc.tier == "device":
+            allocator.change(number, alloc, sign)
     now = allocator.now
     return Memory(
         peak=_merged(allocator.peak),
         reserved_bytes=allocator.reserved if processor.kind == "gpu" else sum(allocator.peak.values()),
         state={name: now[name] for name in ("parameters", "gradients", "optimizer")},
+        left=_merged(now),
         events=tuple(allocator.events),
         elsewhere=_elsewhere(trace),
     )
 
 
 def _elsewhere(trace: Trace) -> dict[str, int]:
-    """Bytes of the tiers below the device. What is taken there is kept, so a phase that repeats takes it once."""
-    totals = {tier: 0 for tier in TIERS if tier != "device"}
-    for _, _, _, op in walk(trace):
-        if isinstance(op, Alloc) and op.tier in totals:
-            totals[op.tier] += op.nbytes
-    return totals
+    """Bytes of the tiers below the device, at most."""
+    now = {tier: 0 for tier in TIERS if tier != "device"}
+    most = dict(now)
+    for _, alloc, sign in _changes(trace):
+        if alloc.tier in now:
+            now[alloc.tier] += sign * alloc.nbytes
+            most[alloc.tier] = max(most[alloc.tier], now[alloc.tier])
+    return most
 
 
 def _changes(trace: Trace) -> Iterator[tuple[int, Alloc, int]]:
@@ -82,8 +88,6 @@ def _changes(trace: Trace) -> Iterator[tuple[int, Alloc, int]]:
         for position, op in enumerate(trace.segments[call.segment]):
             number += 1
             if isinstance(op, Alloc):
-                if op.tier != "device":
-                    continue
                 live[call.key, call.block, runs[call.key, call.block], position] = op
                 yield number, op, +1
             elif isinstance(op, Free):

@@ -32,6 +32,7 @@ class Replay:
 
     Attributes:
         breakdown_s: where the compute stream spent the step; sums to `step_time_s`.
+        phases_s: seconds by cause of each phase of the step, once, in order: (name of the phase, seconds).
         sent_bytes: by axis.
         forward_flops: of matrix products, attention and convolutions in the forward pass.
         executed_flops: of the same in the whole step, attention's backward counted as twice its forward.
@@ -41,6 +42,7 @@ class Replay:
 
     step_time_s: float
     breakdown_s: dict[str, float]
+    phases_s: tuple[tuple[str, dict[str, float]], ...]
     sent_bytes: dict[str, int]
     forward_flops: float
     executed_flops: float
@@ -58,12 +60,13 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
     rank = _Rank(trace, cluster, fidelity, record)
     rank.env.run(rank.finished)
     before, after = rank.marks[1], rank.marks[2]
-    breakdown = {name: after[name] - before[name] for name in after}
+    breakdown = _between(before, after)
     spans = tuple(rank.compute.spans or ()) + tuple(s for stream in rank.streams.values() for s in stream.spans)
     spans += tuple(rank.transfers.spans)
     return Replay(
         step_time_s=sum(breakdown.values()),
         breakdown_s=breakdown,
+        phases_s=tuple((phase.name, seconds) for phase, seconds in rank.phases_s if phase.step == 2),
         sent_bytes=sent_bytes_by_axis(trace, rank.network),
         forward_flops=_flops(trace, forward_only=True),
         executed_flops=_flops(trace, forward_only=False),
@@ -108,6 +111,7 @@ class _Rank:
         self.transfers = Transfers(self.env, cluster, prod(trace.world.values()), record)
         self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
+        self.phases_s: list[tuple[Phase, Mark]] = []
         self._skipped: Mark = defaultdict(float)
         self._runs: Counter[tuple[str, int]] = Counter()
         self._started: dict[tuple[str, int, int, int], tuple[Event, bool]] = {}
@@ -151,12 +155,12 @@ class _Rank:
         A phase that not every step has is charged with its share.
         """
         ends: list[Mark] = []
-        if phase.every > 1:
-            self.compute.mark(lambda: ends.append(self._clock()))
+        self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
             for call in phase.calls:
                 yield from self._host_call(call)
             self.compute.mark(lambda: ends.append(self._clock()))
+        self.compute.mark(lambda: self.phases_s.append((phase, _between(*ends[-2:]))))
         left = phase.repeat - MOST_PLAYED
         if left > 0:
             self.compute.mark(lambda: self._skip(ends, left))
@@ -165,8 +169,8 @@ class _Rank:
 
     def _skip(self, ends: list[Mark], times: float) -> None:
         """Charge what came to pass between the last two ends so many times more."""
-        for name in ends[-1]:
-            self._skipped[name] += times * (ends[-1][name] - ends[-2][name])
+        for name, seconds in _between(*ends[-2:]).items():
+            self._skipped[name] += times * seconds
 
     def _host_call(self, call: Call) -> ProcessGenerator:
         self._runs[call.key, call.block] += 1
@@ -217,6 +221,10 @@ class _Rank:
             "offload": busy.offload,
         }
         return {name: seconds + self._skipped[name] for name, seconds in played.items()}
+
+
+def _between(before: Mark, after: Mark) -> Mark:
+    return {name: after[name] - before[name] for name in after}
 
 
 def axes(trace: Trace) -> tuple[str, ...]:

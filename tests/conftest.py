@@ -38,3 +38,10 @@ def two_ranks(world_of: WorldOf) -> World:
 @pytest.fixture
 def four_ranks(world_of: WorldOf) -> World:
     return world_of(4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool of them."""
+    for item in items:
+        needs_ranks = "world" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if needs_ranks else item.path.name))

@@ -349,7 +349,7 @@ def alive_when_backward_begins(trace: Trace) -> int:
             seen += 1
             if seen == 2:
                 break
-        if isinstance(op, Alloc) and op.category == "activations":
+        if isinstance(op, Alloc) and (op.category, op.tier) == ("activations", "device"):
             sizes[call.key, call.block, runs[call.key, call.block], position] = op.nbytes
             alive += op.nbytes
         elif isinstance(op, Free):
@@ -449,5 +449,12 @@ def test_a_file_says_what_is_computed_again(tmp_path: Any) -> None:
     assert arena.hardware_tflops_per_gpu * arena.step_time_s == pytest.approx(
         full.hardware_tflops_per_gpu * full.step_time_s
     )
-    with pytest.raises(ValueError, match="cpu_checkpointing = true; allowed on the simulated device: false"):
-        simulated({"policy": "full", "cpu_checkpointing": True})
+    host = simulated({"policy": "full", "cpu_checkpointing": True})
+    inputs_bytes = 4 * 2 * 128 * 256  # of four blocks, in bf16
+    assert host.offloaded_bytes_per_node["host"] == 8 * inputs_bytes
+    assert host.breakdown_s["offload"] > 0
+    kept, away = (
+        alive_when_backward_begins(flight_of(load_model("gpt-demo"), Layout(**result.layout)))
+        for result in (full, host)
+    )
+    assert away == kept - inputs_bytes
