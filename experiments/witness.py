@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..engine.engine import initialize
 from ..engine.pilot import Plan, fly
+from ..engine.world import World
 from ..sim.memory import Memory, replay_memory
 from .judgement import exact_cluster
 from .models import ModelSpec
@@ -102,7 +103,7 @@ def witness_step(
 
 @dataclass(frozen=True, slots=True)
 class PeakComparison:
-    """The most memory of a training step on one process, witnessed and predicted."""
+    """The most memory of a training step on one rank, witnessed and predicted."""
 
     measured_bytes: int
     predicted: Memory
@@ -113,8 +114,30 @@ class PeakComparison:
         return self.predicted.total_bytes / self.measured_bytes - 1.0
 
 
-def compare_peak(spec: ModelSpec, config: Mapping[str, Any], *, batch: int) -> PeakComparison:
-    """The peak of a training step of `spec` on one real CPU process beside the simulator's."""
+def compare_peak(
+    spec: ModelSpec, config: Mapping[str, Any], *, batch: int, world: World | None = None
+) -> PeakComparison:
+    """The peak of a training step of `spec` on a real CPU rank beside the simulator's.
+
+    Args:
+        batch: samples of one rank.
+        world: the ranks, of which rank 0 is watched; None: this process alone.
+    """
+    arguments = {"spec": spec, "batch": batch, "seq": spec.seq}
+    plan = Plan(
+        factory="windtunnel.experiments.transformer:for_flight",
+        arguments=arguments,
+        config=config,
+        world=1 if world is None else world.size,
+    )
+    watched = (
+        witness_spec(0, 1, spec, config, batch) if world is None else world.run(witness_spec, spec, config, batch)[0]
+    )
+    return PeakComparison(watched.peak_bytes(STEADY), replay_memory(fly(plan), exact_cluster().processor))
+
+
+def witness_spec(rank: int, world: int, spec: ModelSpec, config: Mapping[str, Any], batch: int) -> Allocations:
+    """What one rank of a world allocates in training our transformer; the body of `World.run`."""
 
     def model() -> Transformer:
         made = Transformer(spec)
@@ -125,11 +148,4 @@ def compare_peak(spec: ModelSpec, config: Mapping[str, Any], *, batch: int) -> P
         drawn = torch.zeros(batch, spec.seq, dtype=torch.int64)
         return drawn, torch.zeros_like(drawn)
 
-    plan = Plan(
-        factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": spec, "batch": batch, "seq": spec.seq},
-        config=config,
-        world=1,
-    )
-    allocations = witness_step(model, tokens, config)
-    return PeakComparison(allocations.peak_bytes(STEADY), replay_memory(fly(plan), exact_cluster().processor))
+    return witness_step(model, tokens, config)

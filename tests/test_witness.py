@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from windtunnel.engine.world import World
 from windtunnel.experiments.models import ModelSpec, load_model
 from windtunnel.experiments.witness import Allocations, Mark, compare_peak, watch_allocations
 
@@ -69,3 +70,14 @@ def test_in_16_bits_it_is_within_two_percent(policy: str) -> None:
     # oneDNN's products take scratch in bf16 (up to 196 kB here, whatever the model), which is not simulated; the CPU
     # keeps the statistics of norms in bf16, where GPUs and the simulated device have fp32.
     assert abs(compare("gpt", policy, bf16={"enabled": True})) < 0.02
+
+
+@pytest.mark.parametrize(("stage", "policy"), [(0, "full"), (1, "none"), (2, "full"), (3, "none")])
+def test_a_rank_among_others_has_the_predicted_peak_to_the_byte(two_ranks: World, stage: int, policy: str) -> None:
+    keys = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "activation_checkpointing": {"policy": policy},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 1.0,
+    }
+    assert compare_peak(SMALL, keys, batch=8, world=two_ranks).error == 0.0
