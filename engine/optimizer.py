@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from .loss_scale import LossScaler
 from .optim import FUSED, Lamb, check_shardable
@@ -187,16 +188,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gradient.mul_(multiplier)
         if unit not in self._steppers:
             return
-        for piece, tensor in self._pieces[unit]:
-            tensor.grad = gradient[piece.start : piece.stop] if piece.parameter in used else None
         stepper = self._steppers[unit]
         stepper.param_groups[0].update(hyper)
-        with self._keeping():
-            stepper.step()
-        for piece, tensor in self._pieces[unit]:
-            tensor.grad = None
-            if unit.rest is not None:
+        due = [(piece, tensor) for piece, tensor in self._pieces[unit] if piece.parameter in used]
+        for pieces in self._rounds(due):
+            for piece, tensor in pieces:
+                tensor.grad = gradient[piece.start : piece.stop]
+            with self._keeping():
+                stepper.step()
+            for _, tensor in pieces:
+                tensor.grad = None
+        if unit.rest is not None:
+            for piece, tensor in self._pieces[unit]:
                 unit.rest.keep(piece.start, self.state[tensor])
+
+    def _rounds(self, pieces: list[tuple[Piece, Tensor]]) -> list[list[tuple[Piece, Tensor]]]:
+        """Pieces that torch steps in one call: its fused SGD wants a momentum for all of them or for none."""
+        begun = [self.state.get(tensor, {}).get("momentum_buffer") is not None for _, tensor in pieces]
+        if self.kind is not SGD or all(begun) or not any(begun):
+            return [pieces]
+        return [[pair for pair, has in zip(pieces, begun, strict=True) if has is wanted] for wanted in (True, False)]
 
     # What ranks agree on #
 

@@ -17,6 +17,7 @@ from small_models import SAMPLES, Mlp, Run, micro_batches, start_engine
 from test_flight import SMALL, flight
 from test_zero import check
 from torch import Tensor, nn
+from torch.testing import assert_close
 from windtunnel.collectives.trace import Collective, walk
 from windtunnel.engine import optim
 from windtunnel.engine.config import OptimizerSection
@@ -269,3 +270,22 @@ def test_they_fly(name: str) -> None:
         op.label for phase, _, _, op in walk(trace) if phase.step == 2 and isinstance(op, Collective) and op.scalar
     ]
     assert labels == ["gradient check"] + ["parameter norms"] * (3 if name == "LAMB" else 0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_parameters_of_a_unit_may_begin_in_different_steps(kind: type[torch.optim.Optimizer]) -> None:
+    """In fp64, in the same order as torch's own; its fused SGD alone would refuse the mixture of momenta."""
+    options = {"lr": 0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {})}
+    ours, plain = (nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double() for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    engine, *_ = initialize(ours, optimizer=lambda parameters: kind(parameters, **options))
+    reference = kind(plain.parameters(), **options)
+    inputs = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    for depth in (1, 3, 3, 1, 3):
+        engine.backward(engine.module[:depth](inputs).square().mean())
+        engine.step()
+        plain[:depth](inputs).square().mean().backward()
+        reference.step()
+        reference.zero_grad()
+    for (name, value), expected in zip(engine.full_parameters().items(), plain.parameters(), strict=True):
+        assert_close(value, expected.detach(), rtol=1e-12, atol=0.0, msg=name)
