@@ -17,6 +17,12 @@ costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
+pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where
+pipeline_schedules  GPipe, 1F1B, interleaved, zero-bubble and others: their orders, promises, closed forms
+pipeline_messages   sends and receives put into a plan, posted ahead, fused
+pipeline_proof      everything done once, no deadlock under Gloo's and NCCL's rules, the promised memory
+pipeline_clock      when actions run if messages are free, and the share of the step that is idle
+pipeline_diagram    a plan as the textbook picture of it
 trace       what one rank did in a training step: segments of ops, calls of segments, repetition
 trace_file  a trace as JSON, and back
 """

@@ -76,7 +76,9 @@ def play(plan: Plan, seconds: Callable[[int, Action], Number]) -> Timetable:
                     ready.append(awaited.pop(key))
     for rank, (actions, done) in enumerate(zip(todo, slots, strict=True)):
         if len(done) < len(actions):
-            raise ValueError(f"{plan.schedule}: rank {rank} can never do {actions[len(done)]}: what it needs is not made")
+            raise ValueError(
+                f"{plan.schedule}: rank {rank} can never do {actions[len(done)]}: what it needs is not made"
+            )
     return tuple(map(tuple, slots))
 
 
@@ -102,9 +104,7 @@ def step_window(plan: Plan, timetable: Timetable, rank: int) -> tuple[Number, Nu
     if plan.flushes:
         return 0, max(slots[-1].end for slots in timetable)
     per_step = plan.micro_batches_per_step
-    ends = [
-        max(slot.end for slot in timetable[rank] if slot.action.micro_batch // per_step == step) for step in (0, 1)
-    ]
+    ends = [max(slot.end for slot in timetable[rank] if slot.action.micro_batch // per_step == step) for step in (0, 1)]
     return ends[0], ends[1]
 
 
@@ -126,7 +126,9 @@ def bubble_fraction(plan: Plan, costs: Costs | None = None) -> Number:
     total: Number = 0
     for rank, slots in enumerate(timetable):
         start, end = step_window(plan, timetable, rank)
-        busy = sum(min(slot.end, end) - max(slot.start, start) for slot in slots if start < slot.end and slot.start < end)
+        busy = sum(
+            min(slot.end, end) - max(slot.start, start) for slot in slots if start < slot.end and slot.start < end
+        )
         idle += end - start - busy
         total += end - start
     return idle / total if isinstance(total, float) else Fraction(idle) / total

@@ -25,8 +25,10 @@ class Schedule:
         chunks: of the model per rank that it can have, from the least to the most; None: as many as there are layers.
         most_in_flight: (rank, ranks, micro-batches, chunks) -> the activations of one chunk and micro-batch that the
             rank keeps at most.
-        bubble: (ranks, micro-batches, chunks) -> the share of a step in which a rank is idle, with equal stages, free
-            messages and any time of a backward; None where there is no such closed form.
+        bubble: (ranks, micro-batches, chunks) -> the share of a step in which a rank is idle, with equal stages and
+            free messages; None where there is no closed form. A whole backward may take any time; a split one has parts
+            that take as long as the forward.
+        whole_groups: the micro-batches of a step are a multiple of the ranks; otherwise ranks wait for each other.
         splits_backward: in the part for the input and the part for the weights.
         flushes: every step drains the pipeline, so that it computes what one process would.
         performed: or only priced.
@@ -37,9 +39,10 @@ class Schedule:
     source: str
     order: Order
     most_in_flight: Callable[[int, int, int, int], int]
-    bubble: Callable[[int, int, int], Fraction] | None = None
+    bubble: Callable[[int, int, int], Fraction | None]
     chunks: tuple[int, int | None] = (1, 1)
     placement: str = LOOP
+    whole_groups: bool = False
     splits_backward: bool = False
     flushes: bool = True
     performed: bool = True
@@ -76,9 +79,9 @@ class Schedule:
         if chunks < fewest or (most is not None and chunks > most):
             allowed = f"{fewest} or more" if most is None else str(fewest)
             raise ValueError(f"chunks = {chunks} per rank for the schedule {self.name!r}; allowed: {allowed}")
-        if self.name == "interleaved" and micro_batches % ranks:
+        if self.whole_groups and micro_batches % ranks:
             raise ValueError(
-                f"micro_batches = {micro_batches} for the schedule 'interleaved' on {ranks} pipeline ranks;"
+                f"micro_batches = {micro_batches} for the schedule {self.name!r} on {ranks} pipeline ranks;"
                 f" allowed: multiples of {ranks}, e.g. {-(-micro_batches // ranks) * ranks}"
             )
         if not self.flushes and micro_batches < ranks:
@@ -197,9 +200,7 @@ class _Chunk:
     def next(self, kind: str, times: int = 1) -> Iterator[Action]:
         first = self.done[kind]
         self.done[kind] += times
-        return (
-            Action(kind, self.chunk, number) for number in range(first, min(first + times, self.micro_batches))
-        )
+        return (Action(kind, self.chunk, number) for number in range(first, min(first + times, self.micro_batches)))
 
 
 # Promises #
@@ -228,6 +229,19 @@ def _as_first_rank(rank: int, ranks: int, micro_batches: int, chunks: int) -> in
 def _flush_bubble(ranks: int, micro_batches: int, chunks: int) -> Fraction:
     """Narayanan et al. 2021, section 2.2, as a share of the step, not of its ideal time."""
     return Fraction(ranks - 1, chunks * micro_batches + ranks - 1)
+
+
+def _zb_h1_bubble(ranks: int, micro_batches: int, chunks: int) -> Fraction | None:
+    """Idle time (ranks - 1) * (t_F + t_I - t_W), Qi et al. 2023, table 2, of a step of enough micro-batches."""
+    return Fraction(ranks - 1, 3 * micro_batches + ranks - 1) if micro_batches >= ranks else None
+
+
+def _zb_v_bubble(ranks: int, micro_batches: int, chunks: int) -> Fraction | None:
+    """A rank waits for the first activation, and its end for that of the others: ranks - 1 actions of a chunk.
+
+    The optimizer that Qi et al. start on each rank on its own (section 4) would hide them.
+    """
+    return Fraction(ranks - 1, 6 * micro_batches + ranks - 1) if micro_batches >= 2 * ranks - 1 else None
 
 
 def _sequential_bubble(ranks: int, micro_batches: int, chunks: int) -> Fraction:
@@ -267,12 +281,14 @@ ALL = (
         most_in_flight=_interleaved_in_flight,
         bubble=_flush_bubble,
         chunks=(2, None),
+        whole_groups=True,
     ),
     Schedule(
         name="zb-h1",
         source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 2.1",
         order=_zb_h1,
         most_in_flight=_as_first_rank,
+        bubble=_zb_h1_bubble,
         splits_backward=True,
     ),
     Schedule(
@@ -280,6 +296,7 @@ ALL = (
         source="Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 6",
         order=_zb_v,
         most_in_flight=_as_first_rank,
+        bubble=_zb_v_bubble,
         chunks=(2, 2),
         placement=V,
         splits_backward=True,

@@ -14,6 +14,7 @@ program     plays collective programs on simpy: every message a flow that shares
 memory      bytes in use through the step, by category, in the order of the program
 streams     a device's streams as simpy processes, and how they disturb each other
 replay      a trace played on a cluster: overlap, waits, what is exposed
+pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
 timeline    what ran when, as a Perfetto file
 result      what a simulation says: time, breakdown, memory, traffic
 """

@@ -82,7 +82,9 @@ Mark = dict[str, float]
 """Seconds by cause since the start."""
 
 
-class _CountingEnvironment(simpy.Environment):
+class CountingEnvironment(simpy.Environment):
+    """A simpy clock that counts its events."""
+
     steps = 0
 
     def step(self) -> None:
@@ -95,7 +97,7 @@ class _Rank:
 
     def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, record: bool) -> None:
         self.trace, self.cluster, self.fidelity = trace, cluster, fidelity
-        self.env = _CountingEnvironment()
+        self.env = CountingEnvironment()
         self.processor = cluster.processor
         self._launch_s = self.processor.launch_s if self.processor.asynchronous else 0.0
         interference = Interference(
