@@ -221,5 +221,5 @@ class _Player:
         if not 0 <= message.peer < self._plan.ranks or message.peer == rank:
             raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which is no other rank")
         if isinstance(message, Send) and message not in self._has[rank]:
-            raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which is not made yet")
+            raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which nothing before has made")
         self._ready += self._rule.post(rank, message)

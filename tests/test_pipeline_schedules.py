@@ -377,6 +377,32 @@ def test_a_forward_without_its_input() -> None:
         prove(_edited(plan, 1, program), [BUFFERED])
 
 
+def test_a_message_sent_twice() -> None:
+    """Each rule sees it in its own way."""
+    plan = prefetch(with_communication(schedule("gpipe").plan(2, 2)))
+    twice = _edited(plan, 0, [*plan.programs[0], Post((Send("activation", 0, 1, 1),))])
+    with pytest.raises(ValueError, match="rank 0: send activation 1 to rank 1, for the second time"):
+        prove(twice, [BUFFERED])
+    with pytest.raises(ValueError, match="rank 0: send activation 1 to rank 1, which never meets its partner"):
+        prove(twice, [RENDEZVOUS])
+
+
+@pytest.mark.parametrize("rule", [BUFFERED, RENDEZVOUS])
+def test_a_receive_that_nobody_feeds(rule: str) -> None:
+    plan = prefetch(with_communication(schedule("gpipe").plan(3, 2)))
+    idle = _edited(plan, 0, [*plan.programs[0], Post((Recv("gradient", 0, 1, 2),))])
+    with pytest.raises(ValueError, match="rank 0: receive gradient 1 from rank 2, which never meets its partner"):
+        prove(idle, [rule])
+
+
+def test_a_send_before_its_action() -> None:
+    plan = with_communication(schedule("gpipe").plan(2, 2))
+    program = list(plan.programs[0])
+    program[0], program[1] = program[1], program[0]
+    with pytest.raises(ValueError, match="rank 0: send activation 0 to rank 1, which nothing before has made"):
+        prove(_edited(plan, 0, program))
+
+
 def test_a_message_to_nobody() -> None:
     plan = with_communication(schedule("1f1b").plan(2, 2))
     program = [
