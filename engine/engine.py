@@ -13,6 +13,7 @@ from .communicator import Communicator
 from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
+from .flat import flat_units, narrow_buffers
 from .gathered import remember
 from .groups import Groups, groups_for
 from .host_step import HostSteps
@@ -22,8 +23,7 @@ from .loss import loss_of
 from .loss_scale import LossScaler
 from .monitor import Monitor, monitor_for
 from .optim import unsharded
-from .optimizer import ShardedOptimizer, layouts
-from .partition import partition
+from .optimizer import ShardedOptimizer
 from .queries import Queries, of_module
 from .recompute import recompute_blocks
 from .sampling import Share
@@ -31,7 +31,6 @@ from .saves import Saves
 from .scheduler import scheduler_for
 from .tier import Tiers
 from .transfer import Moved, Transfers
-from .unit import FlatUnit
 from .zero import ZeroRuntime, reduce_order
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -139,15 +138,6 @@ def _loader(
     return ResumableLoader(data, share, seed=settings.seed, options=settings.data_loading, collate=collate)
 
 
-def _narrow_buffers(model: nn.Module, settings: Config) -> None:
-    """Floating-point buffers follow the parameters' precision; else they would widen what they meet."""
-    if settings.precision not in DTYPES:
-        return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.to(DTYPES[settings.precision])
-
-
 class Engine(Queries, Saves, nn.Module):
     """A model in training: `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
@@ -193,51 +183,40 @@ class Engine(Queries, Saves, nn.Module):
         if settings.placement.moves:
             transfers = transfers or Transfers(timeout_s, communicator.observer)
             self.tiers = Tiers(settings.placement, transfers, communicator.rank)
-        buffers = settings.buffers
-        blocks, parts = partition(
-            model,
-            pattern.param_groups,
-            units,
-            bucket_elements=buffers.bucket_elements,
-            persistent_below=buffers.persistent_below if settings.zero.parameters else 0,
-        )
-        layout_of = layouts(pattern, parts, settings.placement)
-        flat = []
-        for part in parts:
-            communicator.observer.enter("initialize", part.block)
-            dtype = DTYPES.get(settings.precision, part.dtype)
-            gradients = DTYPES.get(settings.formats.gradients, dtype)
-            unit = FlatUnit(part, settings.zero, groups.of(part.role), dtype, communicator.observer, gradients)
-            groups.replicate([unit.full], part.role)
-            unit.take_shard(self.tiers, layout_of.get(part))
-            flat.append(unit)
-        communicator.observer.enter("initialize.end", -1)
-        with communicator.observer.category("buffers"):
-            _narrow_buffers(model, settings)
-        groups.everyone.replicate(model.buffers())
-        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
+        self.runtime = self._make_runtime(pattern, units)
         if self.tiers is not None:
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
-            trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
+            trainable = sorted((u for u in self.runtime.units if u.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
-        self.recompute = recompute_blocks(
-            model,
-            blocks,
-            settings.activations,
-            model_device(model),
-            visit=self.runtime.visiting,
-            observer=communicator.observer,
-        )
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
-        self.runtime.before_backward = self._check_loss
         self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
         local = settings.redundancy.local
         self.local_updates = LocalTraining(local, self.runtime) if local is not None else None
         if self.local_updates is not None:
             self.stateful["local_updates"] = self.local_updates
         remember(self.runtime)
+
+    def _make_runtime(self, pattern: torch.optim.Optimizer, units: Iterable[nn.Module] | None) -> Any:
+        """The model in flat units, and what moves them; its blocks learn to compute again."""
+        model, settings, communicator = self.module, self.settings, self.communicator
+        blocks, flat = flat_units(model, settings, self.groups, pattern, pattern.param_groups, units, self.tiers)
+        communicator.observer.enter("initialize.end", -1)
+        narrow_buffers(model, settings, self.groups)
+        runtime = ZeroRuntime(
+            model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers
+        )
+        runtime.before_backward = self._check_loss
+        self.recompute = recompute_blocks(
+            model,
+            blocks,
+            settings.activations,
+            model_device(model),
+            visit=runtime.visiting,
+            observer=communicator.observer,
+        )
+        return runtime
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -310,6 +289,10 @@ class Engine(Queries, Saves, nn.Module):
         self.micro_steps += 1
         if not last:
             return
+        self._take_step()
+
+    def _take_step(self) -> None:
+        """The gradients of all micro-steps are here."""
         rate = self.optimizer.param_groups[0]["lr"]
         with self._timed("step"):
             self.optimizer.step()
