@@ -1,6 +1,6 @@
 """`initialize` and the engine: forward, backward, step, on any device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
+from .stages import LayerList
 from .tier import Tiers
 from .transfer import Moved, Transfers
 from .zero import ZeroRuntime, reduce_order
@@ -39,7 +40,7 @@ Criterion = Callable[..., Tensor]
 
 
 def initialize(
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     criterion: Criterion | Keys | None = None,
     config: Keys | None = None,
     *,
@@ -56,7 +57,8 @@ def initialize(
     """Make a model trainable in parallel; the call that a DeepSpeed script makes.
 
     Args:
-        model: any module; its parameters stay the same objects, their memory moves into flat units.
+        model: any module; its parameters stay the same objects, their memory moves into flat units. For pipeline stages
+            one that can say its layers (engine/stages.py), or a list of them.
         criterion: kept as `engine.criterion`, for `engine.criterion(engine(inputs), targets)`; a config may stand in
             its place: `initialize(model, {...})`.
         config: DeepSpeed's JSON as a dict or a path (the keys of docs/config.md).
@@ -79,13 +81,15 @@ def initialize(
         ValueError: the config or the optimizer does not fit; the message names the key.
     """
     criterion, config = _told_apart(criterion, config)
+    model = model if isinstance(model, nn.Module) else LayerList(model)
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
-    engine = Engine(model, settings, groups, pattern, units, timeout_s, transfers)
+    kind = _kind_of_engine(model, settings)
+    engine = kind(model, settings, groups, pattern, units, timeout_s, transfers)
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
@@ -93,6 +97,16 @@ def initialize(
     if loader is not None:
         engine.stateful["data_loader"] = loader
     return engine, engine.optimizer, loader, engine.lr_scheduler
+
+
+def _kind_of_engine(model: nn.Module, settings: Config) -> "type[Engine]":
+    """What performs the model: stages, or all of it at once. A flight is of one stage, which is a model to it."""
+    staged = settings.parallelism.pipeline > 1 or isinstance(model, LayerList)
+    if not staged or model_device(model).type == "sim":
+        return Engine
+    from .pipeline import PipelineEngine
+
+    return PipelineEngine
 
 
 def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:

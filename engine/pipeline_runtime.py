@@ -95,6 +95,14 @@ class ChunkRuntime(ZeroRuntime):
         """Not inside backward: the rank that this one would wait for may wait for what this one is about to send."""
         self._summed_later.append(unit)
 
+    def _gradient_ready(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:  # else it is owed
+            super()._gradient_ready(parameter)
+
+    def _end_backward(self) -> None:
+        super()._end_backward()
+        self.backwards = 0  # each is counted with its micro-batch
+
     def end_pipeline(self) -> None:
         """All micro-batches are through: sum over the ranks that share parameters with this one."""
         for unit in self._summed_later:

@@ -82,7 +82,10 @@ class Chunk(nn.Module):
 
     Attributes:
         number, count: which chunk it is, of how many.
+        borrowed: parameters that an earlier chunk of this rank trains; they are not listed here.
     """
+
+    borrowed: frozenset[nn.Parameter] = frozenset()
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], number: int, count: int) -> None:
         super().__init__()
@@ -108,7 +111,8 @@ class Chunk(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """By the model's first name of each, where a parameter with several would have another one here."""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield (self._names[parameter] if remove_duplicate else name), parameter
+            if parameter not in self.borrowed:
+                yield (self._names[parameter] if remove_duplicate else name), parameter
 
 
 def _adopt(chunk: nn.Module, model: nn.Module, path: str) -> None:
