@@ -36,9 +36,9 @@ def _replies(plan: Plan, rank: int, to: int) -> dict[Tag, Tag]:
             case Wait(message) if message.peer == to:
                 got.append(plan.tag(rank, message))
             case Post(messages):
-                for message in messages:
-                    if isinstance(message, Send) and message.peer == to:
-                        found.update(dict.fromkeys(got, plan.tag(rank, message)))
+                for reply in messages:
+                    if isinstance(reply, Send) and reply.peer == to:
+                        found.update(dict.fromkeys(got, plan.tag(rank, reply)))
                         got = []
             case _:
                 pass

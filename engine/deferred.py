@@ -32,7 +32,8 @@ class DeferredWeights:
         self.micro_batch: int | None = None
         self._pending: dict[int, list[_Pending]] = {}
         for layer in layers:
-            layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
+            module: nn.Module = layer
+            module.forward = _Forward(self, layer)
 
     def owe(self, layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
         assert self.micro_batch is not None
@@ -45,13 +46,17 @@ class DeferredWeights:
             if pending.layer.weight not in weights:
                 rest.append(pending)
                 continue
-            inputs, gradient = pending.inputs.flatten(0, -2), pending.gradient.flatten(0, -2)
-            weight, bias = pending.layer.weight, pending.layer.bias
-            yield weight, (gradient.T @ inputs.to(gradient.dtype)).to(weight.dtype)
-            if bias is not None:
-                yield bias, gradient.sum(0).to(bias.dtype)
+            found = weight_gradients(pending.layer, pending.inputs, pending.gradient)
+            yield from zip(pending.layer.parameters(recurse=False), found, strict=True)
         if rest:
             self._pending[micro_batch] = rest
+
+
+def weight_gradients(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Those of weight [o, i] and, if there is one, bias [o], from inputs [..., i] and the output's gradient [..., o]."""
+    flat = gradient.flatten(0, -2)
+    found = [(flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(layer.weight.dtype)]
+    return found if layer.bias is None else [*found, flat.sum(0).to(layer.bias.dtype)]
 
 
 def deferrable(module: nn.Module, together: Callable[[Iterable[nn.Parameter]], bool]) -> Iterator[nn.Linear]:
@@ -73,7 +78,7 @@ class _Forward:
         layer = self._layer
         if not torch.is_grad_enabled() or inputs.dim() < 2:
             return functional.linear(inputs, layer.weight, layer.bias)
-        output: Tensor = _Linear.apply(self._store, layer, inputs, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        output: Tensor = _Linear.apply(self._store, layer, inputs, layer.weight, layer.bias)
         return output
 
 
@@ -97,7 +102,5 @@ class _Linear(torch.autograd.Function):
         if store.micro_batch is not None:
             store.owe(layer, inputs, gradient)
             return None, None, before, None, None
-        flat = gradient.flatten(0, -2)
-        of_weight = (flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(layer.weight.dtype)
-        of_bias = None if layer.bias is None else flat.sum(0).to(layer.bias.dtype)
-        return None, None, before, of_weight, of_bias
+        found = weight_gradients(layer, inputs, gradient)
+        return None, None, before, found[0], found[1] if len(found) > 1 else None

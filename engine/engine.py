@@ -218,9 +218,7 @@ class Engine(Queries, Saves, nn.Module):
         blocks, flat = flat_units(model, settings, self.groups, pattern, pattern.param_groups, units, self.tiers)
         communicator.observer.enter("initialize.end", -1)
         narrow_buffers(model, settings, self.groups)
-        runtime = ZeroRuntime(
-            model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers
-        )
+        runtime = ZeroRuntime(model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         runtime.before_backward = self._check_loss
         self.recompute = recompute_blocks(
             model,

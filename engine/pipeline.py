@@ -43,8 +43,6 @@ class PipelineEngine(Engine):
         actions: what this rank has computed in its last pass, in order.
     """
 
-    runtime: PipelineRuntime
-
     def _make_runtime(self, pattern: torch.optim.Optimizer, units: Iterable[nn.Module] | None) -> PipelineRuntime:
         model, settings = self.module, self.settings
         _check(settings)
@@ -76,7 +74,8 @@ class PipelineEngine(Engine):
                 f"pipeline rank {self.pipeline.rank} has no parameters to train; allowed: stages with some (see"
                 " pipeline.partition)"
             )
-        return PipelineRuntime(runtimes, self.groups)
+        self._stages = PipelineRuntime(runtimes, self.groups)
+        return self._stages
 
     def _cut(self, model: nn.Module) -> list[Chunk]:
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
@@ -134,7 +133,7 @@ class PipelineEngine(Engine):
         for chunk in self._chunks:
             chunk.train()
         losses = self._pass(self._training, data_iter)
-        self.runtime.end_pipeline()
+        self._stages.end_pipeline()
         self.micro_steps += self.settings.accumulation
         mean = self._mean(losses)
         self._take_step()
@@ -247,7 +246,7 @@ class PipelineEngine(Engine):
             leaves.append(passed)
             if (after := plan.place(chunk.number + 1).rank) != rank:
                 self._tell_format(passed, after)
-        return Held(self._chunks, self.runtime.chunks, enters, leaves)
+        return Held(self._chunks, self._stages.chunks, enters, leaves)
 
     def _tell_format(self, form: Format, peer: int) -> None:
         numbers = [len(form)]
@@ -287,7 +286,9 @@ class PipelineEngine(Engine):
         return {name: found[name] for name, _ in self.module.named_parameters()}
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        raise RuntimeError("a model cut into pipeline stages has no forward of its own: call engine.train_batch(batches)")
+        raise RuntimeError(
+            "a model cut into pipeline stages has no forward of its own: call engine.train_batch(batches)"
+        )
 
     def backward(self, loss: Any, *, more: bool = False, retain_graph: bool = False) -> None:
         raise RuntimeError("a pipeline does backward inside its schedule: call engine.train_batch(batches)")

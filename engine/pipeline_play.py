@@ -194,7 +194,9 @@ class Player:
         owners: list[Message] = []
         for message in messages:
             key = (message.what, message.chunk, message.micro_batch)
-            name = f"{message.what} of chunk {self.held.chunks[message.chunk].number}, micro-batch {message.micro_batch}"
+            name = (
+                f"{message.what} of chunk {self.held.chunks[message.chunk].number}, micro-batch {message.micro_batch}"
+            )
             if isinstance(message, Send):
                 kind, tensors = "send", self._made.pop(key)
             else:

@@ -32,9 +32,11 @@ class Layer:
 class LayerList(nn.Module):
     """Modules and functions in a row, as a model; its parameters are named by their number in the row."""
 
+    _row: tuple[Callable[..., Any], ...]
+
     def __init__(self, layers: Iterable[Callable[..., Any]]) -> None:
         super().__init__()
-        self._row = list(layers)
+        self._row = tuple(layers)
         for number, layer in enumerate(self._row):
             if isinstance(layer, nn.Module):
                 self.add_module(str(number), layer)
@@ -85,6 +87,7 @@ class Chunk(nn.Module):
         borrowed: parameters that an earlier chunk of this rank trains; they are not listed here.
     """
 
+    _row: tuple[Layer, ...]
     borrowed: frozenset[nn.Parameter] = frozenset()
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], number: int, count: int) -> None:

@@ -29,8 +29,19 @@ class Gpt(Transformer):
     def __init__(self, tied: bool) -> None:
         super().__init__(
             ModelSpec(
-                name="tiny", layers=3, hidden=8, heads=2, ffn=12, vocab=17, seq=6,
-                mlp="gelu", norm="layernorm", positions="learned", attention="causal", tied=tied, bias=True,
+                name="tiny",
+                layers=3,
+                hidden=8,
+                heads=2,
+                ffn=12,
+                vocab=17,
+                seq=6,
+                mlp="gelu",
+                norm="layernorm",
+                positions="learned",
+                attention="causal",
+                tied=tied,
+                bias=True,
             )  # fmt: skip
         )
         initialize_weights(self, seed=1)
@@ -76,7 +87,11 @@ class Case:
     def model_and_criterion(self) -> tuple[Any, Any, Callable[[int], Batch]]:
         torch.manual_seed(0)
         if self.model == "layers":
-            return [each.double() if isinstance(each, nn.Module) else each for each in uneven()], functional.mse_loss, regression_batch
+            return (
+                [each.double() if isinstance(each, nn.Module) else each for each in uneven()],
+                functional.mse_loss,
+                regression_batch,
+            )
         return Gpt(self.model == "tied").double(), None, token_batch
 
     def config(self) -> dict[str, Any]:
@@ -97,6 +112,7 @@ def alone(model: str, clip: float, steps: int) -> Outcome:
     model_, criterion, batch_of = Case(model).model_and_criterion()
     if isinstance(model_, list):
         from windtunnel.engine.stages import LayerList
+
         model_ = LayerList(model_)
     optimizer = torch.optim.AdamW(model_.parameters(), lr=1e-2, weight_decay=0.1)
     losses, norms = [], []
