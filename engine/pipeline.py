@@ -69,11 +69,6 @@ class PipelineEngine(Engine):
             taken.update(chunk.parameters())
             runtimes.append(self._chunk_runtime(chunk, blocks, pattern))
         narrow_buffers(model, settings, self.groups)
-        if not any(unit.trainable for runtime in runtimes for unit in runtime.units):
-            raise ValueError(
-                f"pipeline rank {self.pipeline.rank} has no parameters to train; allowed: stages with some (see"
-                " pipeline.partition)"
-            )
         self._stages = PipelineRuntime(runtimes, self.groups)
         return self._stages
 
@@ -87,7 +82,16 @@ class PipelineEngine(Engine):
         for name, parameter in model.named_parameters():
             if parameter not in used:
                 raise ValueError(f"parameter {name!r} is in no layer of the pipeline; allowed: each in one or more")
-        tied = tied_ranks(chunks, [plan.place(chunk.number).rank for chunk in chunks])
+        rank_of = [plan.place(chunk.number).rank for chunk in chunks]
+        training = {
+            rank for chunk, rank in zip(chunks, rank_of, strict=True) for p in chunk.parameters() if p.requires_grad
+        }
+        if idle := sorted(set(rank_of) - training):
+            raise ValueError(
+                f"pipeline.partition = {section.partition!r}: stages {idle} have no parameters to train; allowed: some on"
+                " each (another partition, or fewer stages)"
+            )
+        tied = tied_ranks(chunks, rank_of)
         if len(set(tied.values())) > 1:
             raise ValueError(
                 f"parameters are tied between the stages {sorted(set(tied.values()))}; allowed: one set of stages"

@@ -144,7 +144,8 @@ class PipelineRuntime:
 
     def used_anywhere(self, missed: bool) -> set[nn.Parameter]:
         """As ZeroRuntime's; what several stages hold counts as used if one of them used it."""
-        used: set[nn.Parameter] = set().union(*(chunk.used_anywhere(missed) for chunk in self.chunks))
+        training = [chunk for chunk in self.chunks if any(unit.trainable for unit in chunk.units)]
+        used: set[nn.Parameter] = set().union(*(chunk.used_anywhere(missed) for chunk in training))
         shared = [unit for unit in self.units if unit.trainable and unit.groups.sums_beside] if missed else []
         for unit in shared:
             flags = torch.tensor([p in used for p in unit.parameters], dtype=torch.int32).to(unit.full.device)

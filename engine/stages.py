@@ -45,7 +45,7 @@ class LayerList(nn.Module):
 
     def pipeline_layers(self) -> list[Layer]:
         return [
-            Layer(layer, (str(number),) if isinstance(layer, nn.Module) else ())
+            Layer(layer, (str(number),) if str(number) in self._modules else ())
             for number, layer in enumerate(self._row)
         ]
 
@@ -72,7 +72,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if hasattr(model, "pipeline_layers"):
         return list(model.pipeline_layers())
     if isinstance(model, nn.Sequential | nn.ModuleList):
-        return [Layer(child, (name,)) for name, child in model.named_children()]
+        return [Layer(child, (name,)) for name, child in model._modules.items() if child is not None]
     raise ValueError(
         f"a {type(model).__name__} cannot be cut into pipeline stages; allowed: an nn.Sequential, a list of layers, or"
         " a model with a method pipeline_layers() that returns windtunnel.engine.stages.Layer values"
