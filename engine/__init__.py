@@ -20,6 +20,7 @@ flat            a model's parameters in flat units, the same on all ranks that h
 stages          a model as a row of layers, cut into the chunks of pipeline stages
 pipeline        PipelineEngine: a step of a model whose layers are on several ranks
 pipeline_section  the config's section on it, and the plans that follow
+pipeline_format  what chunks hand to each other: shapes, found once
 pipeline_play   one rank's program of a plan: forwards, backwards, messages
 pipeline_runtime  ZeRO under a pipeline: several micro-batches under way, chunks as one
 deferred        linear layers whose weight gradients come after backward

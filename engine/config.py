@@ -251,7 +251,7 @@ class Json:
     mp_size: int = 1
     pipeline_size: int = 1
     parallel: ParallelSection = field(default_factory=ParallelSection)
-    pipeline: PipelineSection = PipelineSection()
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +290,7 @@ class Config:
     monitoring: Monitoring = field(default_factory=Monitoring)
     placement: Placement = field(default_factory=Placement)
     activations: ActivationSection = field(default_factory=ActivationSection)
-    pipeline: PipelineSection = PipelineSection()
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:

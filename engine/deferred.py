@@ -40,7 +40,7 @@ class DeferredWeights:
         self._pending.setdefault(self.micro_batch, []).append(_Pending(layer, inputs, gradient))
 
     def pay(self, micro_batch: int, weights: Container[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Compute what is owed of a micro-batch to the layers of these weights: (parameter, gradient)."""
+        """What is owed of a micro-batch to the layers of these weights, computed: (parameter, gradient)."""
         rest = []
         for pending in self._pending.pop(micro_batch, ()):
             if pending.layer.weight not in weights:
@@ -53,7 +53,7 @@ class DeferredWeights:
 
 
 def weight_gradients(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
-    """Those of weight [o, i] and, if there is one, bias [o], from inputs [..., i] and the output's gradient [..., o]."""
+    """Those of weight [o, i] and, if there is one, bias [o]; from inputs [..., i] and gradients of outputs [..., o]."""
     flat = gradient.flatten(0, -2)
     found = [(flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(layer.weight.dtype)]
     return found if layer.bias is None else [*found, flat.sum(0).to(layer.bias.dtype)]

@@ -15,7 +15,6 @@ from .config import Communication, Config
 from .mesh import OF_SAMPLES
 from .roles import Role
 
-
 TIED = "tied"
 """The axis of the pipeline's ranks that hold one parameter together; made where there is such a parameter."""
 

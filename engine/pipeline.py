@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..collectives.pipeline import Action, Plan
 from .batch import map_tensors
-from .communicator import DTYPE_NAMES, Communicator
+from .communicator import Communicator
 from .config import Config
 from .device import DTYPES
 from .engine import Engine
@@ -18,17 +18,13 @@ from .flat import flat_units, narrow_buffers
 from .groups import TIED, tying
 from .loss import loss_of
 from .partition import repeated_blocks
-from .pipeline_play import Duties, Format, Held, Player, format_of, in_format
+from .pipeline_format import Format, format_of, learn_formats
+from .pipeline_play import Duties, Held, Player
 from .pipeline_runtime import ChunkRuntime, PipelineRuntime
 from .pipeline_section import forwards_of, in_flight_by_stage
 from .recompute import recompute_blocks
 from .roles import Role, give_role, role_of
 from .stages import Chunk, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
-
-FORMAT_NUMBERS = 256
-"""int64 numbers of the message that tells a stage what it will receive."""
-
-FORMAT_DTYPES = tuple(DTYPE_NAMES)
 
 
 class PipelineEngine(Engine):
@@ -88,8 +84,8 @@ class PipelineEngine(Engine):
         }
         if idle := sorted(set(rank_of) - training):
             raise ValueError(
-                f"pipeline.partition = {section.partition!r}: stages {idle} have no parameters to train; allowed: some on"
-                " each (another partition, or fewer stages)"
+                f"pipeline.partition = {section.partition!r}: stages {idle} have no parameters to train; allowed: some"
+                " on each (another partition, or fewer stages)"
             )
         tied = tied_ranks(chunks, rank_of)
         if len(set(tied.values())) > 1:
@@ -124,8 +120,8 @@ class PipelineEngine(Engine):
         """One step: `gradient_accumulation_steps` micro-batches forward and backward, and the optimizer's.
 
         Args:
-            data_iter: gives a batch (inputs, targets) per micro-batch, to ranks of the first and the last stage; if left
-                out, the loader of `initialize`'s training_data, over and over.
+            data_iter: gives a batch (inputs, targets) per micro-batch, to ranks of the first and the last stage; if
+                left out, the loader of `initialize`'s training_data, over and over.
 
         Returns:
             The loss, mean over micro-batches and all ranks, the same on every rank; a scalar in fp64.
@@ -144,7 +140,10 @@ class PipelineEngine(Engine):
         return mean
 
     def eval_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """The mean loss of as many micro-batches as a step has, in evaluation mode without gradients; as train_batch."""
+        """The mean loss of as many micro-batches as a step has, in evaluation mode without gradients.
+
+        All ranks must call it, as train_batch.
+        """
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for module in (self, *self._chunks):
@@ -155,7 +154,9 @@ class PipelineEngine(Engine):
         """All micro-batches through this rank's chunks; the losses that came out here."""
         inputs, targets = self._read(data_iter)
         if self._held is None:
-            self._held = self._learn_formats(inputs)
+            with torch.no_grad(), self._autocast():
+                enters, leaves = learn_formats(self._chunks, self.plan, self.pipeline, inputs.get(0, ()), self.device)
+            self._held = Held(self._chunks, self._stages.chunks, enters, leaves)
         duties = Duties(self._loss, self.scale_loss, self._around)
         player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
         player.play()
@@ -174,8 +175,8 @@ class PipelineEngine(Engine):
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 what = "ended" if batch is None else f"gave a {type(batch).__name__}"
                 raise ValueError(
-                    f"train_batch: data_iter {what} at micro-batch {number} of {self.settings.accumulation}; allowed: so"
-                    " many pairs (inputs, targets)"
+                    f"train_batch: data_iter {what} at micro-batch {number} of {self.settings.accumulation}; allowed:"
+                    " so many pairs (inputs, targets)"
                 )
             if self.monitor is not None and last:
                 self.monitor.saw(batch[0])
@@ -192,8 +193,8 @@ class PipelineEngine(Engine):
             self._taken = found if self._taken is None else self._taken
             if found != self._taken:
                 raise ValueError(
-                    f"micro-batch {number} has inputs of shapes {[tuple(shape) for shape, _ in found]}, but the first one"
-                    f" of the run {[tuple(shape) for shape, _ in self._taken]}: stages exchange buffers of one size;"
+                    f"micro-batch {number} has inputs of shapes {[tuple(shape) for shape, _ in found]}, but the"
+                    f" first one of the run {[tuple(shape) for shape, _ in self._taken]}: stages exchange buffers of one size;"
                     " pad the micro-batches or drop those that differ"
                 )
 
@@ -208,10 +209,8 @@ class PipelineEngine(Engine):
         return self._batches
 
     def _loss(self, chunk: Chunk, inputs: tuple[Any, ...], targets: tuple[Any, ...]) -> Tensor:
-        if self.criterion is None:
-            loss = loss_of(chunk(inputs, targets))
-        else:
-            loss = self.criterion(chunk(inputs), *targets)
+        criterion = self.criterion
+        loss = loss_of(chunk(inputs, targets)) if criterion is None else criterion(chunk(inputs), *targets)
         if self.monitor is not None and torch.is_grad_enabled():
             self.monitor.took(loss)
         return loss
@@ -228,50 +227,6 @@ class PipelineEngine(Engine):
             total += loss.to(torch.float64)
         self.communicator.all_reduce(total, "loss", scalar=True).wait()
         return total * (self.pipeline.world / (self.communicator.world * self.settings.accumulation))
-
-    # Formats #
-
-    def _learn_formats(self, inputs: dict[int, tuple[Any, ...]]) -> Held:
-        """What the chunks hand to each other, found once by a forward from stage to stage in evaluation mode."""
-        plan, rank = self.plan, self.pipeline.rank
-        enters: list[Format] = []
-        leaves: list[Format] = []
-        passed: Format = ()
-        for number, chunk in enumerate(self._chunks):
-            if not chunk.first and (before := plan.place(chunk.number - 1).rank) != rank:
-                passed = self._told_format(before)
-            enters.append(() if chunk.first else passed)
-            if chunk.last:
-                leaves.append(())
-                continue
-            taken = inputs[0] if chunk.first else tuple(torch.zeros(s, dtype=d, device=self.device) for s, d in passed)
-            with torch.no_grad(), evaluating(chunk), self._autocast():
-                passed = format_of(in_format(chunk(taken), None, chunk.number))
-            leaves.append(passed)
-            if (after := plan.place(chunk.number + 1).rank) != rank:
-                self._tell_format(passed, after)
-        return Held(self._chunks, self._stages.chunks, enters, leaves)
-
-    def _tell_format(self, form: Format, peer: int) -> None:
-        numbers = [len(form)]
-        for shape, dtype in form:
-            if dtype not in FORMAT_DTYPES:
-                raise ValueError(f"a chunk returned a tensor of {dtype}; allowed: {', '.join(map(str, FORMAT_DTYPES))}")
-            numbers += [FORMAT_DTYPES.index(dtype), len(shape), *shape]
-        message = torch.zeros(FORMAT_NUMBERS, dtype=torch.int64)
-        message[: len(numbers)] = torch.tensor(numbers)
-        self.pipeline.send(message.to(self.device), peer, "shapes of an activation").wait()
-
-    def _told_format(self, peer: int) -> Format:
-        message = torch.zeros(FORMAT_NUMBERS, dtype=torch.int64, device=self.device)
-        self.pipeline.recv(message, peer, "shapes of an activation").wait()
-        count, *numbers = message.tolist()
-        form = []
-        for _ in range(count):
-            dtype, dims, *numbers = numbers
-            form.append((torch.Size(numbers[:dims]), FORMAT_DTYPES[dtype]))
-            numbers = numbers[dims:]
-        return tuple(form)
 
     # The whole model #
 

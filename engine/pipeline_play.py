@@ -27,11 +27,9 @@ from ..collectives.pipeline import (
 )
 from ..collectives.pipeline_acknowledge import acknowledgements
 from .communicator import Communicator, Handle, Letter
+from .pipeline_format import Format, in_format
 from .pipeline_runtime import ChunkRuntime
 from .stages import Chunk
-
-Format = tuple[tuple[torch.Size, torch.dtype], ...]
-"""Shape and dtype of each tensor that a chunk hands to the next one."""
 
 Key = tuple[str, int, int]
 """("activation" or "gradient", chunk of this rank, micro-batch)."""
@@ -241,36 +239,6 @@ class Player:
     def _give_back(self, chunk: int, micro_batch: int) -> None:
         for buffer in self._lent.pop((chunk, micro_batch), ()):
             self.spare[buffer.numel(), buffer.dtype].append(buffer)
-
-
-def in_format(output: Any, wanted: Format | None, stage: int) -> tuple[Tensor, ...]:
-    """What a chunk returned as tensors, of the shapes and dtypes that they had at first.
-
-    Raises:
-        ValueError: something else than tensors, or other shapes or dtypes than `wanted`.
-    """
-    outputs = output if isinstance(output, tuple) else (output,)
-    for tensor in outputs:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"chunk {stage} of the pipeline returned a {type(tensor).__name__}; allowed between layers: a tensor or"
-                " a tuple of tensors"
-            )
-    found = format_of(outputs)
-    if wanted is not None and found != wanted:
-        raise ValueError(
-            f"chunk {stage} of the pipeline returned {_described(found)}, but {_described(wanted)} for the first"
-            " micro-batch; allowed: micro-batches of one shape (pad or drop those that differ)"
-        )
-    return outputs
-
-
-def format_of(tensors: Sequence[Tensor]) -> Format:
-    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-
-
-def _described(form: Format) -> str:
-    return ", ".join(f"{tuple(shape)} {dtype}".replace("torch.", "") for shape, dtype in form)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ZeRO under a pipeline: one runtime per chunk, of which several micro-batches are under way, and all of them as one."""
+"""ZeRO under a pipeline: a runtime per chunk, with several micro-batches under way, and all of a rank's as one."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby

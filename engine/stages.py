@@ -10,7 +10,7 @@ from torch import nn
 from ..collectives.partition_stages import balanced
 
 STATE_BYTES = 16
-"""Of a parameter in training: weight and gradient in 2 bytes each, three fp32 values of Adam (Rajbhandari 2020, 3.1)."""
+"""Of a parameter: weight and gradient in 2 bytes each, three fp32 values of Adam (Rajbhandari et al. 2020, 3.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
     Raises:
         ValueError: any other model.
     """
-    if hasattr(model, "pipeline_layers"):
-        return list(model.pipeline_layers())
+    says: Callable[[], Sequence[Layer]] | None = getattr(model, "pipeline_layers", None)
+    if says is not None:
+        return list(says())
     if isinstance(model, nn.Sequential | nn.ModuleList):
         return [Layer(child, (name,)) for name, child in model._modules.items() if child is not None]
     raise ValueError(

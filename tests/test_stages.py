@@ -1,6 +1,6 @@
 """Which layers make which stage: the partition against all others, and chunks that keep the model's names."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ def test_no_partition_is_better(costs: list[int], data: st.DataObject) -> None:
     found = balanced(costs, parts, per_copy, copies)
     assert len(found) == parts + 1
     assert (found[0], found[-1]) == (0, count)
-    assert all(a < b for a, b in zip(found, found[1:], strict=False))
+    assert all(a < b for a, b in pairwise(found))
     every = ((0, *inner, count) for inner in combinations(range(1, count), parts - 1))
     assert worst(found, costs, per_copy, copies) == min(worst(each, costs, per_copy, copies) for each in every)
 
