@@ -36,6 +36,7 @@ class PipelineEngine(Engine):
 
     Attributes:
         plan: who computes what in a step.
+        bounds: where each chunk begins in the row of layers, and where the last one ends.
         actions: what this rank has computed in its last pass, in order.
     """
 
@@ -52,10 +53,8 @@ class PipelineEngine(Engine):
         self._batches: Iterator[Any] | None = None
         everything = self._cut(model)
         self._chunks = [chunk for chunk in everything if self.plan.place(chunk.number).rank == self.pipeline.rank]
-        self._owners = [
-            (self.plan.place(chunk.number).rank, [(name, p.shape, p.dtype) for name, p in chunk.named_parameters()])
-            for chunk in everything
-        ]
+        self._everything = everything
+        self._formats = [[(name, p.shape, p.dtype) for name, p in chunk.named_parameters()] for chunk in everything]
         blocks = repeated_blocks(model) if units is None else list(units)
         drop_others(model, self._chunks)
         taken: set[nn.Parameter] = set()
@@ -72,8 +71,8 @@ class PipelineEngine(Engine):
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
         layers, plan, section = layers_of(model), self.plan, self.settings.pipeline
         in_flight = in_flight_by_stage(plan)
-        bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
-        chunks = chunks_of(model, layers, bounds)
+        self.bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
+        chunks = chunks_of(model, layers, self.bounds)
         used = {parameter for chunk in chunks for parameter in chunk.parameters()}
         for name, parameter in model.named_parameters():
             if parameter not in used:
@@ -192,10 +191,10 @@ class PipelineEngine(Engine):
             found = format_of([value for value in each if isinstance(value, Tensor)])
             self._taken = found if self._taken is None else self._taken
             if found != self._taken:
+                now, before = ([tuple(shape) for shape, _ in form] for form in (found, self._taken))
                 raise ValueError(
-                    f"micro-batch {number} has inputs of shapes {[tuple(shape) for shape, _ in found]}, but the"
-                    f" first one of the run {[tuple(shape) for shape, _ in self._taken]}: stages exchange buffers of one size;"
-                    " pad the micro-batches or drop those that differ"
+                    f"micro-batch {number} has inputs of shapes {now}, but the first one of the run {before}: stages"
+                    " exchange buffers of one size; pad the micro-batches or drop those that differ"
                 )
 
     _taken: Format | None = None
@@ -233,7 +232,8 @@ class PipelineEngine(Engine):
     def full_parameters(self) -> dict[str, Tensor]:
         mine = super().full_parameters()
         found = {}
-        for root, parameters in self._owners:
+        for chunk, parameters in zip(self._everything, self._formats, strict=True):
+            root = self.plan.place(chunk.number).rank
             for name, shape, dtype in parameters:
                 if name in found:
                     continue
@@ -244,9 +244,19 @@ class PipelineEngine(Engine):
                 found[name] = value.cpu()
         return {name: found[name] for name, _ in self.module.named_parameters()}
 
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """As Engine's; buffers are those of the stage that computes with them."""
+        shown = super().full_state_dict()
+        for chunk in self._everything:
+            for name in (name for name, _ in chunk.named_buffers() if name in shown):
+                value = shown[name].to(self.device)
+                self.pipeline.broadcast(value, f"buffer {name}", self.plan.place(chunk.number).rank).wait()
+                shown[name] = value.cpu()
+        return shown
+
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError(
-            "a model cut into pipeline stages has no forward of its own: call engine.train_batch(batches)"
+            "a model cut into pipeline stages has no forward of its own: call engine.train_batch or eval_batch"
         )
 
     def backward(self, loss: Any, *, more: bool = False, retain_graph: bool = False) -> None:

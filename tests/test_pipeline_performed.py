@@ -296,6 +296,43 @@ def test_a_loader_and_metrics(two_ranks: World, tmp_path: Path) -> None:
     assert str(first)[:8] in lines[-1]
 
 
+# The whole model #
+
+
+def with_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+
+
+def collect(rank: int, world: int) -> dict[str, Tensor]:
+    config = Case("layers", keys=(("partition", "uniform"),)).config()
+    engine, *_ = initialize(with_statistics(), functional.mse_loss, config, timeout_s=20.0)
+    engine.train_batch(micro_batches(Case("layers"), 0, 0, 1))
+    whole = engine.full_state_dict()
+    engine.close()
+    return whole
+
+
+def test_buffers_come_from_the_stage_that_has_them(two_ranks: World) -> None:
+    """Each stage's statistics have seen each micro-batch once: finding out shapes leaves no trace."""
+    first, second = two_ranks.run(collect)
+    assert first.keys() == second.keys() == with_statistics().state_dict().keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert not value.isnan().any()
+    assert first["1.num_batches_tracked"] == first["3.num_batches_tracked"] == 4
+    assert first["3.running_mean"].abs().min() > 0
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_a_list_of_layers_in_one_process(schedule: str) -> None:
+    case = Case("layers", schedule, 1)
+    wanted = alone("layers", case.clip, case.steps)
+    found = train(0, 1, case)
+    assert found.performed == found.planned
+    assert found.losses == pytest.approx(wanted.losses, rel=TOLERANCE)
+
+
 # What is refused #
 
 
