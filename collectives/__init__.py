@@ -15,6 +15,8 @@ groups      which ranks form which groups: a mesh of named axes; the network as 
 tiers       a cluster seen by a collective: latency and bandwidth per tier; the closed form of a ring
 costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes
+partition_stages  which layers make which stage: the largest part as small as can be
+pipeline_acknowledge  when a sent message has surely arrived, told from the plan
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
 pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where

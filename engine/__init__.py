@@ -16,6 +16,15 @@ batch           what a batch is: changed, counted, given to a model
 evaluation      mean loss and perplexity over a set that the ranks share
 metrics         writers of metrics: JSONL, CSV, TensorBoard, W&B
 monitor         what the engine tells of its steps, and to whom
+flat            a model's parameters in flat units, the same on all ranks that have them
+stages          a model as a row of layers, cut into the chunks of pipeline stages
+pipeline        PipelineEngine: a step of a model whose layers are on several ranks
+pipeline_section  the config's section on it, and the plans that follow
+pipeline_format  what chunks hand to each other: shapes, found once
+pipeline_play   one rank's program of a plan: forwards, backwards, messages
+pipeline_runtime  ZeRO under a pipeline: several micro-batches under way, chunks as one
+deferred        linear layers whose weight gradients come after backward
+letters         messages between two CPU ranks
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)

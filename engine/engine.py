@@ -1,6 +1,6 @@
 """`initialize` and the engine: forward, backward, step, on any device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from .communicator import Communicator
 from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
+from .flat import flat_units, narrow_buffers
 from .gathered import remember
 from .groups import Groups, groups_for
 from .host_step import HostSteps
@@ -22,16 +23,15 @@ from .loss import loss_of
 from .loss_scale import LossScaler
 from .monitor import Monitor, monitor_for
 from .optim import unsharded
-from .optimizer import ShardedOptimizer, layouts
-from .partition import partition
+from .optimizer import ShardedOptimizer
 from .queries import Queries, of_module
 from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
+from .stages import LayerList
 from .tier import Tiers
 from .transfer import Moved, Transfers
-from .unit import FlatUnit
 from .zero import ZeroRuntime, reduce_order
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -40,7 +40,7 @@ Criterion = Callable[..., Tensor]
 
 
 def initialize(
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     criterion: Criterion | Keys | None = None,
     config: Keys | None = None,
     *,
@@ -57,7 +57,8 @@ def initialize(
     """Make a model trainable in parallel; the call that a DeepSpeed script makes.
 
     Args:
-        model: any module; its parameters stay the same objects, their memory moves into flat units.
+        model: any module; its parameters stay the same objects, their memory moves into flat units. For pipeline stages
+            one that can say its layers (engine/stages.py), or a list of them.
         criterion: kept as `engine.criterion`, for `engine.criterion(engine(inputs), targets)`; a config may stand in
             its place: `initialize(model, {...})`.
         config: DeepSpeed's JSON as a dict or a path (the keys of docs/config.md).
@@ -80,13 +81,15 @@ def initialize(
         ValueError: the config or the optimizer does not fit; the message names the key.
     """
     criterion, config = _told_apart(criterion, config)
+    model = model if isinstance(model, nn.Module) else LayerList(model)
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
-    engine = Engine(model, settings, groups, pattern, units, timeout_s, transfers)
+    kind = _kind_of_engine(model, settings)
+    engine = kind(model, settings, groups, pattern, units, timeout_s, transfers)
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
@@ -94,6 +97,16 @@ def initialize(
     if loader is not None:
         engine.stateful["data_loader"] = loader
     return engine, engine.optimizer, loader, engine.lr_scheduler
+
+
+def _kind_of_engine(model: nn.Module, settings: Config) -> "type[Engine]":
+    """What performs the model: stages, or all of it at once. A flight is of one stage, which is a model to it."""
+    staged = settings.parallelism.pipeline > 1 or isinstance(model, LayerList)
+    if not staged or model_device(model).type == "sim":
+        return Engine
+    from .pipeline import PipelineEngine
+
+    return PipelineEngine
 
 
 def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:
@@ -137,15 +150,6 @@ def _loader(
         world=samples.world,
     )
     return ResumableLoader(data, share, seed=settings.seed, options=settings.data_loading, collate=collate)
-
-
-def _narrow_buffers(model: nn.Module, settings: Config) -> None:
-    """Floating-point buffers follow the parameters' precision; else they would widen what they meet."""
-    if settings.precision not in DTYPES:
-        return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.to(DTYPES[settings.precision])
 
 
 class Engine(Queries, Saves, nn.Module):
@@ -193,51 +197,38 @@ class Engine(Queries, Saves, nn.Module):
         if settings.placement.moves:
             transfers = transfers or Transfers(timeout_s, communicator.observer)
             self.tiers = Tiers(settings.placement, transfers, communicator.rank)
-        buffers = settings.buffers
-        blocks, parts = partition(
-            model,
-            pattern.param_groups,
-            units,
-            bucket_elements=buffers.bucket_elements,
-            persistent_below=buffers.persistent_below if settings.zero.parameters else 0,
-        )
-        layout_of = layouts(pattern, parts, settings.placement)
-        flat = []
-        for part in parts:
-            communicator.observer.enter("initialize", part.block)
-            dtype = DTYPES.get(settings.precision, part.dtype)
-            gradients = DTYPES.get(settings.formats.gradients, dtype)
-            unit = FlatUnit(part, settings.zero, groups.of(part.role), dtype, communicator.observer, gradients)
-            groups.replicate([unit.full], part.role)
-            unit.take_shard(self.tiers, layout_of.get(part))
-            flat.append(unit)
-        communicator.observer.enter("initialize.end", -1)
-        with communicator.observer.category("buffers"):
-            _narrow_buffers(model, settings)
-        groups.everyone.replicate(model.buffers())
-        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
+        self.runtime = self._make_runtime(pattern, units)
         if self.tiers is not None:
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
-            trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
+            trainable = sorted((u for u in self.runtime.units if u.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
-        self.recompute = recompute_blocks(
-            model,
-            blocks,
-            settings.activations,
-            model_device(model),
-            visit=self.runtime.visiting,
-            observer=communicator.observer,
-        )
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
-        self.runtime.before_backward = self._check_loss
         self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
         local = settings.redundancy.local
         self.local_updates = LocalTraining(local, self.runtime) if local is not None else None
         if self.local_updates is not None:
             self.stateful["local_updates"] = self.local_updates
         remember(self.runtime)
+
+    def _make_runtime(self, pattern: torch.optim.Optimizer, units: Iterable[nn.Module] | None) -> Any:
+        """The model in flat units, and what moves them; its blocks learn to compute again."""
+        model, settings, communicator = self.module, self.settings, self.communicator
+        blocks, flat = flat_units(model, settings, self.groups, pattern, pattern.param_groups, units, self.tiers)
+        communicator.observer.enter("initialize.end", -1)
+        narrow_buffers(model, settings, self.groups)
+        runtime = ZeroRuntime(model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
+        runtime.before_backward = self._check_loss
+        self.recompute = recompute_blocks(
+            model,
+            blocks,
+            settings.activations,
+            model_device(model),
+            visit=runtime.visiting,
+            observer=communicator.observer,
+        )
+        return runtime
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -310,6 +301,10 @@ class Engine(Queries, Saves, nn.Module):
         self.micro_steps += 1
         if not last:
             return
+        self._take_step()
+
+    def _take_step(self) -> None:
+        """The gradients of all micro-steps are here."""
         rate = self.optimizer.param_groups[0]["lr"]
         with self._timed("step"):
             self.optimizer.step()

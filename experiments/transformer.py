@@ -11,11 +11,13 @@ is really trained. Until then a model on a real device computes with whatever it
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..engine.stages import Layer
 from .models import ModelSpec
 
 ROPE_BASE = 10_000.0
@@ -148,17 +150,40 @@ class Transformer(nn.Module):
         Raises:
             ValueError: longer sequences than the model has positions for.
         """
+        x_BSD = self._embed(tokens_BS)
+        tables = self._tables(x_BSD)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, *tables)
+        return self._finish(x_BSD, targets_BS)
+
+    def pipeline_layers(self) -> list[Layer]:
+        """The embeddings, each block, and the norm with logits and loss."""
+        blocks = [Layer(partial(self._block, n), (f"blocks.{n}",)) for n in range(len(self.blocks))]
+        return [
+            Layer(self._embed, ("embedding",) if self.positions is None else ("embedding", "positions")),
+            *blocks,
+            Layer(self._finish, ("norm", "embedding" if self.head is None else "head")),
+        ]
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
         S = tokens_BS.shape[1]
         if self.spec.seq < S:
             raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
-        x_BSD = self.embedding(tokens_BS)
-        if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[:S]
-        # Cast here, once: a copy made in each block would be kept until its backward.
+        x_BSD: Tensor = self.embedding(tokens_BS)
+        return x_BSD if self.positions is None else x_BSD + self.positions.weight[:S]
+
+    def _tables(self, x_BSD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """rope_2SE and bias_1HSS. Cast here, once: a copy made in each block would be kept until its backward."""
+        S = x_BSD.shape[1]
         rope_2SE = None if self.rope is None else self.rope[:, :S].to(x_BSD.dtype)
         bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
-        for block in self.blocks:
-            x_BSD = block(x_BSD, rope_2SE, bias_1HSS)
+        return rope_2SE, bias_1HSS
+
+    def _block(self, number: int, x_BSD: Tensor) -> Tensor:
+        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD))
+        return mixed
+
+    def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         head = self.embedding if self.head is None else self.head
         logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
         if targets_BS is None:
