@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 
+from .chunks import Chunk, chunks, whole_of
 from .loss_scale import LossScaler
 from .optim import FUSED, Lamb, check_shardable
 from .partition import Part
@@ -49,8 +50,8 @@ class Held:
 
     Attributes:
         name: of the parameter.
-        first, elements: the range, in elements of the parameter.
-        whole: elements of the parameter.
+        parameter: it, or this rank's part of it.
+        first, elements: the range, in elements of that.
         unit, start: where the range begins in the shard of its unit.
         tensor: [elements] what is stepped, a range of the unit's master (with no elements while that rests in a file);
             None if it is frozen.
@@ -58,13 +59,28 @@ class Held:
     """
 
     name: str
+    parameter: nn.Parameter
     first: int
     elements: int
-    whole: int
     unit: FlatUnit
     start: int
     tensor: Tensor | None
     group: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return whole_of(self.name, self.parameter).shape
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What the range is of the whole parameter: boxes of it; none for padding.
+
+        Raises:
+            ValueError: a parameter that is cut, and nobody said how.
+        """
+        whole = whole_of(self.name, self.parameter)
+        return chunks(whole, self.parameter.shape, self.first, self.first + self.elements)
 
 
 def layouts(pattern: torch.optim.Optimizer, parts: Sequence[Part], placement: Placement) -> dict[Part, StateLayout]:
@@ -292,9 +308,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for piece in unit.pieces():
                 first = unit.bounds[0] + piece.start - unit.views[piece.parameter][0]
                 group = unit.group if unit.trainable else -1
-                whole = piece.parameter.numel()
                 length = piece.stop - piece.start
-                yield Held(names[piece.parameter], first, length, whole, unit, piece.start, kept.get(piece), group)
+                own = piece.parameter
+                yield Held(names[own], own, first, length, unit, piece.start, kept.get(piece), group)
 
     def values(self, held: Held) -> dict[str, Any]:
         """What is stepped under "parameter", and its state in the optimizer by name: living tensors, or what was read.
