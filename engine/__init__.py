@@ -7,6 +7,7 @@ script          what a DeepSpeed script calls besides initialize: arguments, ini
 gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
 dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
+device_mesh     the mesh as torch's DeviceMesh, for code that asks for one
 mesh            how ranks are divided between kinds of parallelism: a mesh of named axes
 schedule        learning-rate schedules as formulas
 scheduler       objects that set an optimizer's learning rate by them, or by torch's
@@ -36,6 +37,7 @@ checkpoint_save one save: planned, staged, written, made the one of its tag
 checkpoint_load one load: which, is it whole, does it fit, this rank's part
 checkpoint_files the folder of checkpoints: complete or absent, `latest`, checksums, leftovers
 run_state       what of a run is not a parameter or its moments
+assembly        the whole model, a parameter at a time: its shards, parts and stages put together
 export          full weights as safetensors, from an engine or from a checkpoint's folder
 agreement       ranks exchange objects, and fail together
 durable         files that are whole or absent

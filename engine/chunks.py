@@ -34,7 +34,8 @@ class Chunk:
 
     def of(self, flat: Tensor) -> Tensor:
         """The box as a view of a flat, contiguous tensor."""
-        assert flat.dim() == 1 and flat.is_contiguous()
+        assert flat.dim() == 1
+        assert flat.is_contiguous()
         return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.start)
 
 

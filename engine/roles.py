@@ -11,15 +11,13 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Which part of the whole parameter a rank's own is.
-
-    It is the concatenation along `dim` of these ranges of the whole: several for a fused one; padding lies outside of
-    all ranges, at the end of the part.
+    """Where a part lies in the whole parameter: it is the concatenation of ranges along one dimension.
 
     Attributes:
         shape: of the whole parameter.
-        dim: dimension that is cut.
-        ranges: [start, stop) along it.
+        dim: along which it is cut.
+        ranges: [start, stop) of the whole along `dim`, in the order in which they lie in the part; several for a fused
+            projection. What a part has beyond them, at its end, is padding.
     """
 
     shape: tuple[int, ...]
@@ -34,7 +32,8 @@ class Role:
     Attributes:
         cut: axes along which every rank has a part of its own; along the others all have the same values.
         partial: axes along which each rank's gradient is one term of a sum, which the step takes.
-        whole: which part of the whole parameter this rank's is, where it is cut; needed to save and to export it.
+        whole: where this rank's part lies, of a parameter that is cut along one dimension. Roles that differ in this
+            alone are equal.
     """
 
     cut: tuple[str, ...] = ()
