@@ -51,6 +51,7 @@ class Saving:
         self.engine, self.host, self.save_dir, self.tag = engine, host, save_dir, tag
         self.save_latest, self.keep_last = save_latest, keep_last
         self.folder = save_dir / tag
+        self.partial: Path  # what it is called until it is whole; known once rank 0 has made it
 
     def prepare(self, client_state: Mapping[str, Any]) -> None:
         """Agree on what each rank writes, and take what must be of this moment."""
@@ -62,7 +63,7 @@ class Saving:
                         f"save_checkpoint: rank 0 saves (folder, tag, steps) {begun[0].asked}, rank {rank}"
                         f" {start.asked}; allowed: the same on all ranks"
                     )
-            self.partial: Path = begun[0].partial
+            self.partial = begun[0].partial
             everyones = [start.assets for start in begun]
             planned = all_or_none(self.host, partial(self._plan, everyones, client_state), f"plan {self.tag}")
         except DisagreementError as error:
@@ -75,7 +76,7 @@ class Saving:
     def _begin(self) -> "_Start":
         folder = self.save_dir
         if self.host.rank == 0:
-            folder = files.begin(self.save_dir, self.tag, secrets.token_hex(4))
+            self.partial = folder = files.begin(self.save_dir, self.tag, secrets.token_hex(4))
         asked = (str(self.save_dir.absolute()), self.tag, self.engine.global_steps)
         return _Start(folder, asked, assets(self.engine))
 
