@@ -78,6 +78,7 @@ class Block(nn.Module):
 class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.own = nn.Parameter(torch.randn(2 * HIDDEN, WIDTH) / 2)
         self.blocks = nn.ModuleList([Block(), Block()])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,13 +96,14 @@ class Model(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
         self.first: Tower | None = Tower()
         self.second: Tower | None = Tower()
+        del self.second.own  # so that ZeRO cuts the table elsewhere on the other stage
         self.second.table = self.table  # the name that the last stage has for it besides
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         self.seen += 1
         loss = self.table.square().sum() / 2
         if self.first is not None:
-            loss = loss + functional.mse_loss(self.first(x), y)
+            loss = loss + functional.mse_loss(self.first(x), y) + self.first.own.square().sum()
         if self.second is not None:
             loss = loss + functional.mse_loss(self.second(x), -y)
         return loss
@@ -129,7 +131,7 @@ def whole_of(name: str, shape: tuple[int, ...], parts: int, part: int) -> tuple[
     """Where a rank's part is, and rows of padding; None where all ranks have the same."""
     start, stop = sections(HIDDEN, parts, part)
     match name.rpartition(".")[2]:
-        case "up" | "up_bias":
+        case "up" | "up_bias" | "own":
             return Whole(shape, 0, ((start, stop), (HIDDEN + start, HIDDEN + stop))), 0
         case "down":
             return Whole(shape, 1, ((start, stop),)), 0
