@@ -66,9 +66,9 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def slots(engine: "Engine") -> list[Slot]:
-    """The parameters that this rank has, or has parts of, in the model's own order."""
+    """The parameters that this rank has, or has parts of, in the model's own order; a stage has some of them."""
     known = {slot.parameter: slot for unit in engine.runtime.units for slot in unit.part.slots}
-    return [known[parameter] for parameter in engine.module.parameters()]
+    return [known[parameter] for parameter in engine.module.parameters() if parameter in known]
 
 
 def whole_shape(slot: Slot) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ def every_name(engine: "Engine") -> dict[nn.Parameter, tuple[str, ...]]:
     """The names of each parameter, its own first; tied ones have more."""
     names = {slot.parameter: [slot.name] for slot in slots(engine)}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        if name not in names[parameter]:
+        if name not in names.get(parameter, [name]):
             names[parameter].append(name)
     return {parameter: tuple(found) for parameter, found in names.items()}
 
