@@ -184,7 +184,7 @@ def _told(engine: "Engine", axis: str, mine: T, label: str) -> list[T]:
 def full_state_dict(engine: "Engine") -> dict[str, Tensor]:
     """See Engine.full_state_dict."""
     aside = run_state.buffers(engine)
-    mine: dict[str, Any] = {name: aside.get(name) for name in engine.module.state_dict()}
+    mine: dict[str, Any] = {name: aside.get(name) for name in engine.own_state()}
     stages = of_all_stages(engine, {name: _on_host(value) for name, value in mine.items()}, "buffers of stages")
     shown = {name: value for stage in reversed(stages) for name, value in stage.items()}
     for each, value in full_parameters(engine).items():

@@ -373,6 +373,11 @@ class Engine(Queries, Saves, nn.Module):
         """
         return full_state_dict(self)
 
+    def own_state(self) -> dict[str, Any]:
+        """What of the model's `state_dict` this rank keeps up to date: all, except where stages share the model."""
+        state: dict[str, Any] = self.module.state_dict()
+        return state
+
     def device_mesh(self) -> "DeviceMesh":
         """The run's ranks by axis as torch's DeviceMesh; all ranks must call it first. See engine/device_mesh.py."""
         if self._device_mesh is None:

@@ -41,9 +41,9 @@ def from_bytes(data: bytes) -> Any:
 
 
 def buffers(engine: "Engine") -> dict[str, Any]:
-    """What `state_dict` of the model has besides parameters: persistent buffers, and extra state of modules."""
+    """What this rank keeps of the model's `state_dict` besides parameters: persistent buffers, extra state."""
     parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
+    return {name: value for name, value in engine.own_state().items() if name not in parameters}
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from windtunnel.engine import optim
 from windtunnel.engine.communicator import Communicator, SoloCommunicator
 from windtunnel.engine.engine import Engine, initialize
 from windtunnel.engine.mesh import Parallelism
@@ -169,6 +170,7 @@ class Layout:
     stage: int = 0
     accumulation: int = 1
     clip: float = 0.0
+    optimizer: str = "AdamW"
     order: tuple[str, ...] = ("tensor", "context", "data", "pipeline")
 
     @property
@@ -190,7 +192,7 @@ class Layout:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
             "zero_optimization": {"stage": self.stage},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1}},
             "parallel": {"tensor": self.tensor, "pipeline": self.pipeline, "order": list(self.order)},
         }
 
@@ -219,10 +221,10 @@ def step(engine: Engine, layout: Layout, rank: int) -> float | None:
     return engine.get_global_grad_norm()
 
 
-def train_alone(steps: int, clip: float = math.inf) -> tuple[dict[str, Tensor], list[float]]:
+def train_alone(steps: int, clip: float = math.inf, kind: str = "AdamW") -> tuple[dict[str, Tensor], list[float]]:
     """Plain torch: the parameters and the gradient norms."""
     model = whole_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = getattr(optim, kind)(model.parameters(), lr=1e-2, weight_decay=0.1)
     norms = []
     for number in range(steps):
         model(*batch(number)).backward()

@@ -47,6 +47,13 @@ def test_norm_and_clipping_equal_one_process(four_ranks: World, stage: int, accu
     assert max(norms) > 2.0  # else nothing was clipped
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_lamb_takes_norms_of_whole_parameters(four_ranks: World, stage: int) -> None:
+    expected, _ = train_alone(3, kind="Lamb")
+    for found, _ in four_ranks.run(train, Layout(data=2, tensor=2, stage=stage, optimizer="Lamb"), 3):
+        assert far(found, expected) < TOLERANCE
+
+
 # Checkpoints #
 
 
