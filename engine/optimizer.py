@@ -156,7 +156,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             hyper["fused"] = True
         stepper = kind([{**hyper, "params": [tensor for _, tensor in self._pieces[unit]]}], **_arguments(kind, hyper))
         stepper.state = self.state
-        if isinstance(stepper, Lamb) and (self.runtime.zero.optimizer or unit.part.role.cut):
+        if isinstance(stepper, Lamb) and (self.runtime.zero.optimizer or unit.part.role.whole is not None):
             stepper.complete = partial(self._whole_norms, unit)
         return stepper
 
@@ -288,7 +288,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         nothing = torch.zeros(2, dtype=unit.master.dtype, device=unit.master.device)
         whole = torch.stack([rows.get(parameter, nothing) for parameter in unit.parameters])
         groups, role = self.runtime.groups, unit.part.role
-        for group in ([groups.shard] if self.runtime.zero.optimizer else []) + [groups.axis(name) for name in role.cut]:
+        holders = [groups.shard] if self.runtime.zero.optimizer else []
+        holders += [groups.axis(name) for name in role.cut if role.whole is not None]
+        for group in holders:
             group.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
         numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
         return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
