@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .assembly import full_parameters, full_state_dict
 from .communicator import Communicator
 from .config import Config, OptimizerSection
 from .device import DTYPES, communicator_for, model_device, transfers_for
@@ -33,6 +34,9 @@ from .stages import LayerList
 from .tier import Tiers
 from .transfer import Moved, Transfers
 from .zero import ZeroRuntime, reduce_order
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 Keys = Mapping[str, Any] | str | Path
@@ -194,6 +198,7 @@ class Engine(Queries, Saves, nn.Module):
         self.collate: Callable[[list[Any]], Any] | None = None
         self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
         self.tiers: Tiers | None = None
+        self._device_mesh: DeviceMesh | None = None
         if settings.placement.moves:
             transfers = transfers or Transfers(timeout_s, communicator.observer)
             self.tiers = Tiers(settings.placement, transfers, communicator.rank)
@@ -353,20 +358,28 @@ class Engine(Queries, Saves, nn.Module):
         self.runtime.settle()
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Every parameter whole, by name, on the host. All ranks must call it."""
-        with self.groups.uncompressed():
-            return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
+        """Every parameter of the whole model, by name, on the host. All ranks must call it."""
+        return {each.names[0]: value for each, value in full_parameters(self).items()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers, whole, by the model's own names. All ranks must call it.
 
         (`state_dict` of a model whose parameters are sharded shows NaN where values are not here.)
         """
-        shown = {name: value.cpu().clone() for name, value in self.module.state_dict().items()}
-        whole = self.full_parameters()
-        first_name = {parameter: name for name, parameter in self.module.named_parameters()}
-        every_name = self.module.named_parameters(remove_duplicate=False)
-        return shown | {name: whole[first_name[parameter]] for name, parameter in every_name if name in shown}
+        return full_state_dict(self)
+
+    def own_state(self) -> dict[str, Any]:
+        """What of the model's `state_dict` this rank keeps up to date: all, except where stages share the model."""
+        state: dict[str, Any] = self.module.state_dict()
+        return state
+
+    def device_mesh(self) -> "DeviceMesh":
+        """The run's ranks by axis as torch's DeviceMesh; all ranks must call it first. See engine/device_mesh.py."""
+        if self._device_mesh is None:
+            from .device_mesh import device_mesh
+
+            self._device_mesh = device_mesh(self.settings.parallelism, self.device, self.timeout_s)
+        return self._device_mesh
 
     # Offload #
 
