@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from .pipeline_play import Duties, Held, Player
 from .pipeline_runtime import ChunkRuntime, PipelineRuntime
 from .pipeline_section import forwards_of, in_flight_by_stage
 from .recompute import recompute_blocks
-from .roles import Role, give_role, role_of
-from .stages import Chunk, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
+from .roles import give_role, role_of
+from .stages import Chunk, bounds_as_given, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
 
 
 class PipelineEngine(Engine):
@@ -44,7 +45,7 @@ class PipelineEngine(Engine):
         model, settings = self.module, self.settings
         _check(settings)
         self.pipeline: Communicator = self.groups.axis("pipeline")
-        self.plan = settings.pipeline.plan(self.pipeline.world, settings.accumulation)
+        self.plan = self._make_plan()
         self._training = settings.pipeline.posted(self.plan)
         self._evaluation = settings.pipeline.posted(forwards_of(self.plan))
         self.actions: list[Action] = []
@@ -67,11 +68,17 @@ class PipelineEngine(Engine):
         self._stages = PipelineRuntime(runtimes, self.groups)
         return self._stages
 
+    def _make_plan(self) -> Plan:
+        return self.settings.pipeline.plan(self.pipeline.world, self.settings.accumulation)
+
     def _cut(self, model: nn.Module) -> list[Chunk]:
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
         layers, plan, section = layers_of(model), self.plan, self.settings.pipeline
         in_flight = in_flight_by_stage(plan)
-        self.bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
+        if section.partition == "layers":
+            self.bounds = bounds_as_given(section.layers, plan.stages, len(layers))
+        else:
+            self.bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
         chunks = chunks_of(model, layers, self.bounds)
         used = {parameter for chunk in chunks for parameter in chunk.parameters()}
         for name, parameter in model.named_parameters():
@@ -93,7 +100,7 @@ class PipelineEngine(Engine):
             )
         for parameter, ranks in tied.items():
             role = role_of(parameter)
-            give_role(parameter, Role(cut=role.cut, partial=(*role.partial, TIED)))
+            give_role(parameter, replace(role, partial=(*role.partial, TIED)))
             if TIED not in self.groups.beside:
                 self.groups = tying(self.groups, self.settings, ranks)
         return chunks
@@ -132,11 +139,15 @@ class PipelineEngine(Engine):
         for chunk in self._chunks:
             chunk.train()
         losses = self._pass(self._training, data_iter)
+        self._end_pass()
         self._stages.end_pipeline()
         self.micro_steps += self.settings.accumulation
         mean = self._mean(losses)
         self._take_step()
         return mean
+
+    def _end_pass(self) -> None:
+        """All micro-batches are through; a flight wants to know."""
 
     def eval_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """The mean loss of as many micro-batches as a step has, in evaluation mode without gradients.
@@ -153,14 +164,20 @@ class PipelineEngine(Engine):
         """All micro-batches through this rank's chunks; the losses that came out here."""
         inputs, targets = self._read(data_iter)
         if self._held is None:
-            with torch.no_grad(), self._autocast():
-                enters, leaves = learn_formats(self._chunks, self.plan, self.pipeline, inputs.get(0, ()), self.device)
-            self._held = Held(self._chunks, self._stages.chunks, enters, leaves)
+            self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))
         duties = Duties(self._loss, self.scale_loss, self._around)
-        player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
+        player = self._player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
         player.play()
         self.actions = player.actions
         return player.losses
+
+    def _learn_formats(self, inputs: tuple[Any, ...]) -> tuple[list[Format], list[Format]]:
+        """What each chunk of this rank takes and gives, from the inputs of the first one."""
+        with torch.no_grad(), self._autocast():
+            return learn_formats(self._chunks, self.plan, self.pipeline, inputs, self.device)
+
+    _player = Player
+    """Plays a plan; a flight has another one."""
 
     def _read(self, data_iter: Iterator[Any] | None) -> tuple[dict[int, Any], dict[int, Any]]:
         """Inputs and targets by micro-batch, where this rank has the first or the last chunk."""
