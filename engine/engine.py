@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .communicator import Communicator
 from .config import Config, OptimizerSection
+from .context import ContextParallel
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
 from .gathered import remember
@@ -168,6 +169,7 @@ class Engine(Queries, Saves, nn.Module):
         local_updates: lets ranks step by themselves; None where they step together.
         communicator: all ranks.
         recompute: what its blocks compute again in backward; None for nothing.
+        context: what the ranks do that share each sequence; None where each has its own.
     """
 
     def __init__(
@@ -220,6 +222,10 @@ class Engine(Queries, Saves, nn.Module):
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
             trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
+        self.context: ContextParallel | None = None
+        if groups.axis("context").world > 1:
+            self.context = ContextParallel(groups.axis("context"), settings.parallelism.context_attention)
+            self.context.install(model, blocks)
         self.recompute = recompute_blocks(
             model,
             blocks,
@@ -250,6 +256,8 @@ class Engine(Queries, Saves, nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if self.monitor is not None:
             self.monitor.saw((arguments, keywords))
+        if self.context is not None:
+            arguments, keywords = self.context.cut(arguments, keywords)
         with self._timed("forward"), self._autocast():
             return self.module(*arguments, **keywords)
 

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 from ..collectives.groups import Mesh
 from ..reading import STRICT
 
 ORDER = ("tensor", "context", "data", "pipeline")
 """The axes, innermost first: ranks that talk most are neighbours (Narayanan et al. 2021, section 3.2)."""
+
+ContextAttention = Literal["ulysses", "ring", "all_gather"]
 
 OF_SAMPLES = ("context", "data")
 """Axes along which ranks compute on different tokens with the same parameters: their gradients are averaged."""
@@ -20,6 +23,8 @@ class ParallelSection:
     Attributes:
         tensor: ranks that share each layer, as `mp_size`.
         context: ranks that share each sequence.
+        context_attention: how these attend to each other's tokens: by an exchange of heads, by keys and values that
+            travel from rank to rank, or by all of them at once.
         pipeline: ranks that have different layers, as `pipeline_size`.
         order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
         sequence_parallel: what tensor-parallel layers pass to each other is cut along the sequence, where it would
@@ -29,6 +34,7 @@ class ParallelSection:
     __pydantic_config__ = STRICT
     tensor: int = 1
     context: int = 1
+    context_attention: ContextAttention = "ulysses"
     pipeline: int = 1
     order: tuple[str, ...] = ORDER
     sequence_parallel: bool = False
@@ -47,6 +53,7 @@ class Parallelism:
     data: int | None = None
     tensor: int = 1
     context: int = 1
+    context_attention: ContextAttention = "ulysses"
     pipeline: int = 1
     order: tuple[str, ...] = field(default=ORDER)
     sequence_parallel: bool = False
@@ -73,6 +80,7 @@ class Parallelism:
         return cls(
             data=dp_size,
             context=section.context,
+            context_attention=section.context_attention,
             order=section.order,
             sequence_parallel=section.sequence_parallel,
             **sizes,
@@ -101,6 +109,7 @@ class Parallelism:
             data=sizes["dp_size"],
             tensor=self.tensor,
             context=self.context,
+            context_attention=self.context_attention,
             pipeline=self.pipeline,
             order=self.order,
             sequence_parallel=self.sequence_parallel,

@@ -142,8 +142,14 @@ class Transformer(nn.Module):
             kept = None if table is None else table.to(self.embedding.weight.dtype)
             self.register_buffer(name, kept, persistent=False)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Mean cross-entropy over all positions in fp32 (a scalar) with targets, else the logits BSV.
+
+        Args:
+            tokens_BS: int64; targets_BS: likewise, the tokens that follow them.
+            position_ids: int64 [1, S], where the tokens stand in their sequence, if not at its beginning.
 
         Raises:
             ValueError: longer sequences than the model has positions for.
@@ -152,10 +158,11 @@ class Transformer(nn.Module):
         if self.spec.seq < S:
             raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
         x_BSD = self.embedding(tokens_BS)
+        places_S = slice(S) if position_ids is None else position_ids[0]
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[:S]
+            x_BSD = x_BSD + self.positions.weight[places_S]
         # Cast here, once: a copy made in each block would be kept until its backward.
-        rope_2SE = None if self.rope is None else self.rope[:, :S].to(x_BSD.dtype)
+        rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
         bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
         for block in self.blocks:
             x_BSD = block(x_BSD, rope_2SE, bias_1HSS)
