@@ -17,6 +17,7 @@ costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 context     what attention sends over ranks that share each sequence
+experts     how many tokens an expert takes; what the exchange of tokens sends
 recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
 pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where
 pipeline_schedules  GPipe, 1F1B, interleaved, zero-bubble and others: their orders, promises, closed forms

@@ -74,8 +74,12 @@ class Ring:
         """`tensor` to the next rank, and what the one before hands on here."""
         rank, world = self.group.rank, self.group.world
         came = torch.empty_like(tensor)
-        sent = self.group.send(tensor.view(-1), (rank + 1) % world, label)
-        return Travel(tensor, came, (sent, self.group.recv(came.view(-1), (rank - 1) % world, label)))
+        calls = [
+            lambda: self.group.send(tensor.view(-1), (rank + 1) % world, label),
+            lambda: self.group.recv(came.view(-1), (rank - 1) % world, label),
+        ]
+        # Where messages of a rank are done in the order of its calls (NCCL), a ring of ranks that all send first hangs.
+        return Travel(tensor, came, tuple(call() for call in (calls if rank % 2 else reversed(calls))))
 
     def blocks(self, pair: Tensor) -> Iterator[tuple[int, Tensor]]:
         rank, world = self.group.rank, self.group.world
@@ -105,7 +109,7 @@ class Travel(NamedTuple):
 
     gone: Tensor
     came: Tensor
-    handles: tuple[Handle, Handle]
+    handles: tuple[Handle, ...]
 
     def arrive(self) -> Tensor:
         for handle in self.handles:
@@ -147,7 +151,11 @@ class Blockwise(torch.autograd.Function):
         for source, (keys, values) in passage.blocks(torch.stack((key, value))):
             part = seen(passage.group.rank, source, tokens, causal=causal)
             here = kernels.block(
-                query[:, :, part.queries], keys[:, :, part.keys], values[:, :, part.keys], causal=part.causal, scale=scale
+                query[:, :, part.queries],
+                keys[:, :, part.keys],
+                values[:, :, part.keys],
+                causal=part.causal,
+                scale=scale,
             )
             found = here if found is None else _merge_into(found, part.queries, here)
         assert found is not None

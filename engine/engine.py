@@ -14,6 +14,7 @@ from .config import Config, OptimizerSection
 from .context import ContextParallel
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
+from .experts import spread_experts
 from .gathered import remember
 from .groups import Groups, groups_for
 from .host_step import HostSteps
@@ -191,6 +192,9 @@ class Engine(Queries, Saves, nn.Module):
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
         self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
+        if settings.redundancy.expert_ranks > 1:
+            with communicator.observer.category("parameters"):
+                spread_experts(model, groups.axis("expert"))
         self.tiers: Tiers | None = None
         if settings.placement.moves:
             transfers = transfers or Transfers(timeout_s, communicator.observer)

@@ -26,6 +26,7 @@ class ParallelSection:
         context_attention: how these attend to each other's tokens: by an exchange of heads, by keys and values that
             travel from rank to rank, or by all of them at once.
         pipeline: ranks that have different layers, as `pipeline_size`.
+        expert: data-parallel ranks, neighbours, that have different experts of each mixture; 1: all have all.
         order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
         sequence_parallel: what tensor-parallel layers pass to each other is cut along the sequence, where it would
             else be on all of them (Korthikanti et al. 2022).
@@ -36,6 +37,7 @@ class ParallelSection:
     context: int = 1
     context_attention: ContextAttention = "ulysses"
     pipeline: int = 1
+    expert: int = 1
     order: tuple[str, ...] = ORDER
     sequence_parallel: bool = False
 
@@ -73,6 +75,11 @@ class Parallelism:
             if 1 not in (ours, given) and ours != given:
                 raise ValueError(f"{where}: {key} = {given} and parallel.{name} = {ours}; allowed: one of them")
             sizes[name] = given if ours == 1 else ours
+        if section.expert > 1 and section.context > 1:
+            raise ValueError(
+                f"{where}: parallel.expert = {section.expert} and parallel.context = {section.context}; allowed: one of"
+                " them, because experts are spread over ranks with samples of their own"
+            )
         stated = {"dp_size": dp_size, "mp_size": sizes["tensor"], "pipeline_size": sizes["pipeline"]}
         for key, size in (stated | {"parallel.context": section.context}).items():
             if size is not None and size < 1:

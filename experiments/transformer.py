@@ -11,11 +11,13 @@ is really trained. Until then a model on a real device computes with whatever it
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..engine.experts import ExpertLinear, MixtureOfExperts
 from .models import ModelSpec
 
 ROPE_BASE = 10_000.0
@@ -25,11 +27,29 @@ INITIAL_STD = 0.02
 """Radford et al. 2018, section 4.1."""
 
 
+RESIDUAL = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down.weight")
+"""Names of projections back into the residual stream."""
+
+
 class Linear(nn.Linear):
     """nn.Linear, left empty: see [Note: built without random numbers]."""
 
     def reset_parameters(self) -> None:
         pass
+
+
+class EmptyExpertLinear(ExpertLinear):
+    """ExpertLinear, left empty: see [Note: built without random numbers]."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def linear_of(spec: ModelSpec) -> Callable[[int, int], nn.Module]:
+    """What makes the layers of an MLP from their widths: for one of them, or for all experts at once."""
+    if spec.experts is None:
+        return partial(Linear, bias=spec.bias)
+    return partial(EmptyExpertLinear, spec.experts, bias=spec.bias)
 
 
 class Embedding(nn.Embedding):
@@ -79,8 +99,9 @@ class Attention(nn.Module):
 class GeluMlp(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        linear = linear_of(spec)
+        self.up = linear(spec.hidden, spec.ffn)
+        self.down = linear(spec.ffn, spec.hidden)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(functional.gelu(self.up(x_BSD), approximate="tanh"))
@@ -91,9 +112,10 @@ class SwigluMlp(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        linear = linear_of(spec)
+        self.gate = linear(spec.hidden, spec.ffn)
+        self.up = linear(spec.hidden, spec.ffn)
+        self.down = linear(spec.ffn, spec.hidden)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
@@ -114,14 +136,29 @@ class Block(nn.Module):
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
+class ExpertBlock(Block):
+    """A block whose tokens visit some of several MLPs; it returns the load-balance loss as well."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        assert spec.experts is not None
+        assert spec.top_k is not None
+        gate = Linear(spec.hidden, spec.experts, bias=False)
+        self.mlp = MixtureOfExperts(gate, self.mlp, top_k=spec.top_k, capacity_factor=spec.capacity_factor)
+
+    def forward(
+        self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS)
+        mixed_BSD, balance = self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + mixed_BSD, balance
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, norm, logits, and the loss if it is given targets.
 
     Args:
         spec: the sizes and variants.
-
-    Raises:
-        ValueError: a spec with experts.
     """
 
     rope: Tensor | None
@@ -129,11 +166,11 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        spec.require_dense()
         self.spec = spec
         self.embedding = Embedding(spec.vocab, spec.hidden)
         self.positions = Embedding(spec.seq, spec.hidden) if spec.positions == "learned" else None
-        self.blocks = nn.ModuleList([Block(spec) for _ in range(spec.layers)])
+        block = Block if spec.experts is None else ExpertBlock
+        self.blocks = nn.ModuleList([block(spec) for _ in range(spec.layers)])
         self.norm = make_norm(spec)
         self.head = None if spec.tied else Linear(spec.hidden, spec.vocab, bias=False)
         rope = rope_table(spec.seq, spec.head_size) if spec.positions == "rope" else None
@@ -146,6 +183,8 @@ class Transformer(nn.Module):
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Mean cross-entropy over all positions in fp32 (a scalar) with targets, else the logits BSV.
+
+        Where there are experts, the loss has `spec.balance` times the sum of the blocks' load-balance losses in it.
 
         Args:
             tokens_BS: int64; targets_BS: likewise, the tokens that follow them.
@@ -164,14 +203,19 @@ class Transformer(nn.Module):
         # Cast here, once: a copy made in each block would be kept until its backward.
         rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
         bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
+        balances: list[Tensor] = []
         for block in self.blocks:
             x_BSD = block(x_BSD, rope_2SE, bias_1HSS)
+            if isinstance(x_BSD, tuple):
+                x_BSD, balance = x_BSD
+                balances.append(balance)
         head = self.embedding if self.head is None else self.head
         logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
         if targets_BS is None:
             return logits_BSV
         wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
-        return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
+        loss = functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
+        return loss + self.spec.balance * torch.stack(balances).sum() if balances else loss
 
 
 def rope_table(seq: int, head_size: int) -> Tensor:
@@ -225,7 +269,10 @@ def initialize_weights(model: Transformer, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        std = residual_std if name.endswith(("attention.output.weight", "mlp.down.weight")) else INITIAL_STD
+        if name.endswith("bias"):  # of experts, a row for each
+            parameter.zero_()
+            continue
+        std = residual_std if name.endswith(RESIDUAL) else INITIAL_STD
         drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         parameter.copy_(drawn.normal_(0.0, std, generator=generator))
     with torch.device("cpu"):
