@@ -58,6 +58,7 @@ compression     ways to send fewer bytes, described, and what each puts on the w
 codec           rows of numbers as rows of bytes and back
 compressed      a communicator that compresses what goes through it
 one_bit_adam    Adam whose momentum travels as one bit per element
+letters         messages between two CPU ranks, outside of any program
 gloo            plays our programs on CPU ranks, in order, in a thread or by who waits; says who failed
 program         what a rank posts in each step of a program, for any transport
 sockets         moves messages through Gloo

@@ -56,7 +56,7 @@ class Call(NamedTuple):
         buffer: [n], worked on in place.
         label: what an error calls it.
         largest: an all-reduce takes the maximum instead of the sum.
-        root: the rank whose values are broadcast, or that gets the sum of a reduce.
+        root: the rank whose values are broadcast, or that gets the sum of a reduce, or at the other end of a message.
     """
 
     entry: Entry
@@ -64,6 +64,15 @@ class Call(NamedTuple):
     label: str
     largest: bool = False
     root: int = 0
+
+
+class Letter(NamedTuple):
+    """A message between two ranks: `kind` is "send" or "recv", `peer` the rank at the other end."""
+
+    kind: str
+    buffer: Tensor
+    peer: int
+    label: str
 
 
 class Handle(Protocol):
@@ -132,6 +141,39 @@ class Communicator(ABC):
         """Sum of every rank's `buffer` [n] on the root; the other ranks' buffers are overwritten."""
         return self._start("reduce", buffer, label, root=root)
 
+    def send(self, buffer: Tensor, peer: int, label: str) -> Handle:
+        """Values of `buffer` [n], contiguous, go to rank `peer` of the group, which must `recv` as many.
+
+        The k-th message to a peer meets the k-th `recv` from this rank there. The buffer may change after the wait.
+        """
+        return self.exchange([Letter("send", buffer, peer, label)])[0]
+
+    def recv(self, buffer: Tensor, peer: int, label: str) -> Handle:
+        """Fill `buffer` [n], contiguous, with what rank `peer` of the group sends."""
+        return self.exchange([Letter("recv", buffer, peer, label)])[0]
+
+    def exchange(self, letters: Sequence["Letter"]) -> list[Handle]:
+        """Start messages together, none of which waits for another one of them.
+
+        Raises:
+            ValueError: a peer that is this rank or not in the group.
+        """
+        for kind, buffer, peer, label in letters:
+            if peer == self.rank or not 0 <= peer < self.world:
+                raise ValueError(
+                    f"{kind} ({label}) between rank {self.rank} and rank {peer} of {self.world} on axis {self.axis!r};"
+                    " allowed: another rank of the group"
+                )
+            assert buffer.is_contiguous()
+        calls = [Call(self._letter_entry(letter), letter.buffer, letter.label, root=letter.peer) for letter in letters]
+        self.ledger.update(call.entry for call in calls)
+        return self.post(calls)
+
+    def _letter_entry(self, letter: "Letter") -> Entry:
+        buffer = letter.buffer
+        dtype = DTYPE_NAMES.get(buffer.dtype, str(buffer.dtype))
+        return Entry(letter.kind, self.axis, buffer.numel(), dtype, "p2p", False)
+
     def replicate(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values to every rank, once, before training: the ledger, which is of training, does not list it."""
         for tensor in tensors:
@@ -158,7 +200,18 @@ class Communicator(ABC):
 
     def along(self, mesh: Mesh, axis: str) -> "Communicator":
         """A communicator of this rank's group on an axis of a mesh over these ranks; all of them must ask for it."""
+        return self.among(mesh.groups(axis), axis)
+
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> "Communicator":
+        """A communicator of this rank's group, of those that `members` lists; all ranks must ask for it.
+
+        A rank that is in none of them gets a group of one.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be cut in groups")
+
+    def post(self, calls: Sequence[Call]) -> list[Handle]:
+        """Start messages between two ranks each, together."""
+        raise NotImplementedError(f"{type(self).__name__} has no messages between two ranks")
 
     @abstractmethod
     def perform(self, call: Call) -> Handle:
@@ -182,7 +235,7 @@ class SoloCommunicator(Communicator):
     def __init__(self, axis: str = "data") -> None:
         super().__init__(axis, rank=0, world=1)
 
-    def along(self, mesh: Mesh, axis: str) -> Communicator:
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
         return SoloCommunicator(axis)
 
     def perform(self, call: Call) -> Handle:
@@ -200,8 +253,10 @@ class NativeCommunicator(Communicator):
         super().__init__(axis, group.rank(), group.size())
         self.group, self.timeout_s, self.owner = group, timeout_s, owner
 
-    def along(self, mesh: Mesh, axis: str) -> Communicator:
-        group = new_process_group(mesh, axis, dist.get_process_group_ranks(self.group), self.timeout_s)
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
+        group = new_process_group(members, dist.get_process_group_ranks(self.group), self.timeout_s)
+        if group is None:
+            return SoloCommunicator(axis)
         return NativeCommunicator(axis, group, self.timeout_s, owner=True)
 
     def close(self) -> None:
@@ -218,6 +273,16 @@ class NativeCommunicator(Communicator):
     def perform(self, call: Call) -> Handle:
         return NativeHandle(native_collective(self.group, call), call.entry)
 
+    def post(self, calls: Sequence[Call]) -> list[Handle]:
+        # As a batch also where it is one message: NCCL keeps all batches of a group in the order of the calls.
+        moves = {"send": dist.isend, "recv": dist.irecv}
+        ranks = dist.get_process_group_ranks(self.group)
+        operations = [dist.P2POp(moves[c.entry.kind], c.buffer, ranks[c.root], self.group) for c in calls]
+        works = dist.batch_isend_irecv(operations)  # a single one for all, where the backend joins them
+        if len(works) < len(calls):
+            works = works[-1:] * len(calls)
+        return [NativeHandle(work, call.entry) for work, call in zip(works, calls, strict=True)]
+
 
 class NativeHandle:
     def __init__(self, work: dist.Work, entry: Entry) -> None:
@@ -231,19 +296,21 @@ class NativeHandle:
             raise CommunicationError(f"{self.entry} failed: {error}") from None
 
 
-def new_process_group(mesh: Mesh, axis: str, ranks: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
-    """This rank's group on an axis of a mesh; every rank of the whole world must call it.
+def new_process_group(
+    members: Sequence[tuple[int, ...]], ranks: Sequence[int], timeout_s: float
+) -> dist.ProcessGroup | None:
+    """This rank's group of those listed, None if it is in none; every rank of the whole world must call it.
 
     Args:
-        ranks: what the whole world calls the ranks of the mesh.
+        members: the ranks of each group, as the caller numbers them.
+        ranks: what the whole world calls those.
         timeout_s: how long a rank waits for the others in one collective.
     """
     mine = None
-    for members in mesh.groups(axis):  # torch wants each rank to take part in the making of every group
-        group = dist.new_group([ranks[member] for member in members], timeout=timedelta(seconds=timeout_s))
+    for numbers in members:  # torch wants each rank to take part in the making of every group
+        group = dist.new_group([ranks[member] for member in numbers], timeout=timedelta(seconds=timeout_s))
         if isinstance(group, dist.ProcessGroup):
             mine = group
-    assert mine is not None
     return mine
 
 

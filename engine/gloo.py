@@ -7,13 +7,13 @@ A caller that waits for a collective plays what is left in the queue itself, whi
 import hashlib
 import os
 import queue
-import re
 import secrets
 import socket
 import threading
 import time
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..collectives.algorithms import KINDS, algorithm, names
 from ..collectives.choice import Selection, select
-from ..collectives.groups import Mesh
 from .communicator import (
     Call,
     CommunicationError,
@@ -38,6 +37,7 @@ from .communicator import (
     new_process_group,
 )
 from .config import Communication
+from .letters import Mail, first_line, lone_message
 from .program import Arrival, Message, Posted, Transport, lower
 from .shared_memory import FOLDER, SharedMemory
 from .sockets import Sockets
@@ -112,6 +112,7 @@ class GlooCommunicator(Communicator):
                 raise ValueError(f"shared_memory = True, but {APART}: leave it out")
             self.transport = SharedMemory(self.rank, self.names, self._token, timeout_s, self._look_up)
         self.selection = default_selection(self.transport.name, self.world)
+        self._mail = Mail(group, self.names, timeout_s)
         self._sequence = 0
         self._plays: deque[_Play] = deque()
         self._entrance, self._turn = threading.Lock(), threading.Lock()
@@ -145,15 +146,25 @@ class GlooCommunicator(Communicator):
         return self.selection.name(kind, nbytes)
 
     def steps(self, entry: Entry, root: int = 0) -> tuple[Posted, ...]:
-        """The messages of this rank in a collective that one of our programs does."""
+        """The messages of this rank in a collective that one of our programs does, or in a message of its own."""
+        if entry.kind in ("send", "recv"):
+            return lone_message(entry)
         return _lowered(entry.kind, entry.algorithm, self.rank, self.world, entry.elements, root)
 
-    def along(self, mesh: Mesh, axis: str) -> Communicator:
-        group = new_process_group(mesh, axis, self.names, self.timeout_s)
-        if group.size() == 1:
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
+        group = new_process_group(members, self.names, self.timeout_s)
+        if group is not None and group.size() == 1:
             dist.destroy_process_group(group)
+            group = None
+        if group is None:
             return SoloCommunicator(axis)
         return GlooCommunicator(axis, group, self.store, self.timeout_s, owner=True)
+
+    def post(self, calls: Sequence[Call]) -> list[Handle]:
+        """Start messages at once, beside the queue: Gloo moves them while this rank computes."""
+        if self._failure is not None:
+            raise self._failure
+        return [self._mail.post(call) for call in calls]
 
     # The queue #
 
@@ -246,7 +257,7 @@ class GlooCommunicator(Communicator):
         """Tell the other ranks what we were doing, hear what they were doing, and name those that differ."""
         mine = f"number {play.number}, {play.call.entry}"
         others = self._exchange(mine)
-        parts = [f"{mine}, {play.call.label}: {_first_line(error)}"]
+        parts = [f"{mine}, {play.call.label}: {first_line(error)}"]
         parts += [f"rank {self.names[rank]} was in {call}" for rank, call in sorted(others.items()) if call != mine]
         missing = sorted(set(range(self.world)) - {self.rank} - set(others))
         if missing:
@@ -345,9 +356,3 @@ def _tag(call: Call, number: int) -> int:
 
 def _known(kind: str, name: str) -> bool:
     return name == "native" or name.split("/")[0] in names(kind)
-
-
-def _first_line(error: Exception) -> str:
-    """The first sentence of an error of Gloo's, without the place in its source that precedes it."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line).partition(". ")[0]
