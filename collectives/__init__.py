@@ -2,6 +2,7 @@
 
 program     Send, Recv, Reduce; a step posts together, a program is one rank's steps; how a buffer is cut in chunks
 ring        rings, one way and both ways, and pipelined chains as programs
+shift       every rank hands a buffer to the next one
 halving     recursive halving and doubling, for any number of ranks
 tree        binomial trees; two binary trees at once, pipelined
 exchange    all-to-all by pairwise exchange; everyone to everyone in one step

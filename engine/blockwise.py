@@ -72,14 +72,8 @@ class Ring:
 
     def _hand_on(self, tensor: Tensor, label: str) -> "Travel":
         """`tensor` to the next rank, and what the one before hands on here."""
-        rank, world = self.group.rank, self.group.world
         came = torch.empty_like(tensor)
-        calls = [
-            lambda: self.group.send(tensor.view(-1), (rank + 1) % world, label),
-            lambda: self.group.recv(came.view(-1), (rank - 1) % world, label),
-        ]
-        # Where messages of a rank are done in the order of its calls (NCCL), a ring of ranks that all send first hangs.
-        return Travel(tensor, came, tuple(call() for call in (calls if rank % 2 else reversed(calls))))
+        return Travel(tensor, came, self.group.shift(tensor.view(-1), came.view(-1), label))
 
     def blocks(self, pair: Tensor) -> Iterator[tuple[int, Tensor]]:
         rank, world = self.group.rank, self.group.world
@@ -109,7 +103,7 @@ class Travel(NamedTuple):
 
     gone: Tensor
     came: Tensor
-    handles: tuple[Handle, ...]
+    handles: list[Handle]
 
     def arrive(self) -> Tensor:
         for handle in self.handles:
