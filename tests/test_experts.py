@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from windtunnel.collectives.experts import ExpertsSize, exchanged_bytes, exchanged_elements
+from windtunnel.engine.communicator import SoloCommunicator
 from windtunnel.engine.config import Config
 from windtunnel.engine.engine import initialize
-from windtunnel.engine.experts import ExpertLinear, MixtureOfExperts, whole_experts
+from windtunnel.engine.experts import ExpertLinear, MixtureOfExperts, spread_experts, whole_experts
 from windtunnel.engine.pilot import Plan, fly
 from windtunnel.engine.world import World
 from windtunnel.experiments.models import ModelSpec
@@ -245,11 +246,70 @@ def test_what_is_sent_is_the_closed_form(four_ranks: World) -> None:
         assert found == expected
 
 
-def for_flight() -> Any:
-    model = Case().build().float()
+def test_a_flight_sends_the_closed_form() -> None:
+    spec = ModelSpec(
+        name="mixed", layers=3, hidden=32, heads=4, ffn=48, vocab=VOCAB, seq=64, mlp="swiglu", norm="layernorm",
+        positions="learned", attention="causal", tied=True, bias=True, experts=8, top_k=2,
+    )  # fmt: skip
+    trace = fly(
+        Plan(
+            factory="windtunnel.experiments.transformer:for_flight",
+            arguments={"spec": spec, "batch": 2, "seq": 64},
+            config={"parallel": {"expert": 4}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+            world=8,
+            micro_steps=1,
+        )
+    )
+    size = ExpertsSize(tokens=128, experts=8, top_k=2, capacity_factor=1.25, width=32)
+    sent = sent_bytes_by_axis(trace, scalars=False)
+    assert sent["expert"] == 3 * exchanged_bytes(size, 4, 2)
+    experts = 3 * 2 * (3 * 32 * 48 + 48 + 48 + 32)  # two of the eight, in each of three blocks
+    assert sent["expert_data"] == 2 * experts * 2 * 1 // 2  # stage 2: a reduce-scatter and a gather over two ranks
 
-    def make_batch() -> tuple[Tensor, Tensor]:
-        tokens = torch.empty(2, SEQ, dtype=torch.int64)
-        return tokens, torch.empty_like(tokens)
 
-    return model, make_batch
+# Edges #
+
+
+def test_the_cases_drop_tokens() -> None:
+    """Else the drops of the tests above would be none."""
+    model, seen = Case().build(), []
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.register_forward_pre_hook(lambda m, x: seen.append(route(m._logits(x[0].flatten(0, 1)), 2, 5)))
+    model(*(part[:2] for part in batch(0)))
+    assert all(int((routing.slots == 4 * 5).sum()) > 0 for routing in seen)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "words"),
+    [
+        ({"parallel": {"expert": 3}}, 4, r"parallel\.expert = 3 does not divide the ranks: 3 \* 1 = 3"),
+        ({"parallel": {"expert": 0}}, 4, r"parallel\.expert = 0"),
+        ({"parallel": {"expert": 2, "context": 2}}, 4, r"parallel\.expert = 2 and parallel\.context = 2"),
+        (
+            {"parallel": {"expert": 2}, "zero_optimization": {"stage": 2, "mics_shard_size": 2}},
+            4,
+            r"parallel\.expert = 2 with zero_optimization\.mics_shard_size",
+        ),
+        ({"parallel": {"expert": 2}, "local_updates": {"every": 2}}, 4, r"parallel\.expert = 2 with .*local_updates"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(keys: dict[str, Any], world: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config.read(keys, world)
+
+
+def test_layers_and_models_that_do_not_fit() -> None:
+    group = SoloCommunicator("expert")
+    group.world = 3
+    with pytest.raises(ValueError, match="expert = 3 does not divide the 4 experts of blocks.0.mlp; allowed: 1, 2, 4"):
+        spread_experts(Case().build(), group)
+    with pytest.raises(ValueError, match="the model has no MixtureOfExperts"):
+        spread_experts(nn.Linear(2, 2), group)
+    with pytest.raises(ValueError, match="top_k = 5; allowed: 1 to 4"):
+        MixtureOfExperts(nn.Linear(3, 4), nn.Identity(), top_k=5)
+    with pytest.raises(ValueError, match="capacity_factor = 0; allowed"):
+        MixtureOfExperts(nn.Linear(3, 4), nn.Identity(), top_k=1, capacity_factor=0)
+    with pytest.raises(ValueError, match=r"'weight' of the experts has shape \[5, 3\].*first dimension 4"):
+        MixtureOfExperts(nn.Linear(3, 4), nn.Linear(3, 5), top_k=1)
