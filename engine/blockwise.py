@@ -94,7 +94,8 @@ class Ring:
             if travel is not None:
                 part += travel.arrive()
             travel = self._hand_on(part, "gradients of keys and values")
-        assert own is not None and travel is not None
+        assert own is not None
+        assert travel is not None
         return own + travel.arrive()
 
 

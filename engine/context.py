@@ -87,15 +87,16 @@ class ContextParallel:
                 sizes[tokens] = self.positions(tokens, value.device)
             return value.index_select(1, sizes[tokens])
 
-        arguments, keywords = tree_map(visit, arguments), tree_map(visit, dict(keywords))
+        here: tuple[Any, ...] = tree_map(visit, arguments)
+        named: dict[str, Any] = tree_map(visit, dict(keywords))
         if len(sizes) != 1:
             raise ValueError(
                 f"parallel.context = {self.group.world}: a batch has integer tensors of {sorted(sizes) or 'no'} tokens;"
                 " allowed: one or more [batch, tokens, ...] with the same number of tokens"
             )
-        if POSITIONS not in keywords:
-            keywords[POSITIONS] = next(iter(sizes.values()))[None]
-        return arguments, keywords
+        if POSITIONS not in named:
+            named[POSITIONS] = next(iter(sizes.values()))[None]
+        return here, named
 
     # Attention #
 

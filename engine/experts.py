@@ -90,10 +90,7 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)
         routing = route(self._logits(tokens), self.top_k, self.size(tokens.shape[0]).capacity)
         by_expert = dispatch(tokens, routing, self.number)
-        if self.group.world > 1:
-            results = self._elsewhere(by_expert)
-        else:
-            results = self.experts(by_expert)
+        results = self._elsewhere(by_expert) if self.group.world > 1 else self.experts(by_expert)
         return combine(results, routing, tokens.shape[0]).view(x.shape).to(x.dtype), routing.balance
 
     def _logits(self, tokens: Tensor) -> Tensor:

@@ -136,15 +136,22 @@ class Block(nn.Module):
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
-class ExpertBlock(Block):
-    """A block whose tokens visit some of several MLPs; it returns the load-balance loss as well."""
+class ExpertBlock(nn.Module):
+    """A Block whose tokens visit some of several MLPs; it returns the load-balance loss as well."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec)
+        super().__init__()
         assert spec.experts is not None
         assert spec.top_k is not None
-        gate = Linear(spec.hidden, spec.experts, bias=False)
-        self.mlp = MixtureOfExperts(gate, self.mlp, top_k=spec.top_k, capacity_factor=spec.capacity_factor)
+        self.attention_norm = make_norm(spec)
+        self.attention = Attention(spec)
+        self.mlp_norm = make_norm(spec)
+        self.mlp = MixtureOfExperts(
+            Linear(spec.hidden, spec.experts, bias=False),
+            SwigluMlp(spec) if spec.mlp == "swiglu" else GeluMlp(spec),
+            top_k=spec.top_k,
+            capacity_factor=spec.capacity_factor,
+        )
 
     def forward(
         self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Mixture of experts: gating against a loop over tokens, expert-parallel ranks against one process, bytes in closed form."""
+"""Mixture of experts: gating against a loop over tokens, ranks against one process, bytes in closed form."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused_by_name(keys: dict[str, Any], world: int, 
 def test_layers_and_models_that_do_not_fit() -> None:
     group = SoloCommunicator("expert")
     group.world = 3
-    with pytest.raises(ValueError, match="expert = 3 does not divide the 4 experts of blocks.0.mlp; allowed: 1, 2, 4"):
+    with pytest.raises(ValueError, match=r"expert = 3 does not divide the 4 experts of blocks\.0\.mlp; allowed: 1, 2, 4"):
         spread_experts(Case().build(), group)
     with pytest.raises(ValueError, match="the model has no MixtureOfExperts"):
         spread_experts(nn.Linear(2, 2), group)
