@@ -18,11 +18,7 @@ from ..collectives.experts import ExpertsSize
 from ..kernels.attention import wide
 from ..kernels.gating import combine, dispatch, route
 from .communicator import Communicator, SoloCommunicator
-from .roles import Role, give_role
-
-EXPERT = Role(cut=("expert",))
-"""Of the parameters of experts: their first dimension is cut among the ranks."""
-
+from .roles import Role, Whole, give_role
 
 class ExpertLinear(nn.Module):
     """A linear layer for each of E experts: [E, C, inputs] -> [E, C, outputs]. Starts as nn.Linear does."""
@@ -145,9 +141,12 @@ def spread_experts(model: nn.Module, group: Communicator) -> None:
                 f" allowed: {', '.join(str(n) for n in range(1, layer.number + 1) if layer.number % n == 0)}"
             )
         layer.group = group
+        mine = layer.number // group.world
+        here = (group.rank * mine, (group.rank + 1) * mine)
         for parameter in layer.experts.parameters():
-            parameter.data = parameter.data.chunk(group.world)[group.rank].clone()
-            give_role(parameter, EXPERT)
+            whole = Whole(tuple(parameter.shape), 0, (here,))
+            parameter.data = parameter.data[slice(*here)].clone()
+            give_role(parameter, Role(cut=("expert",), whole=whole))
 
 
 def whole_experts(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,6 +157,8 @@ def whole_experts(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tens
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{prefix}.experts" if prefix else "experts"):
             mine = values[name]
+            if mine.shape[0] == layer.number:
+                continue
             buffer = parameter.new_empty((layer.group.world, *mine.shape), dtype=mine.dtype)
             buffer[layer.group.rank].copy_(mine)
             layer.group.all_gather(buffer.view(-1), f"experts of {name}").wait()
