@@ -191,7 +191,9 @@ class Engine(Queries, Saves, nn.Module):
         self.criterion: Criterion | None = None
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
-        self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
+        self.monitor: Monitor | None = monitor_for(
+            settings.monitoring, communicator, model_device(model), groups.same_samples
+        )
         if settings.redundancy.expert_ranks > 1:
             with communicator.observer.category("parameters"):
                 spread_experts(model, groups.axis("expert"))

@@ -53,6 +53,11 @@ class Groups:
         """All ranks of the run: what a step is decided by."""
         return self.everyone if self.whole is None else self.whole
 
+    @property
+    def same_samples(self) -> int:
+        """How many ranks are given the same samples: those that share a model, or a sequence."""
+        return self.run.world // self.axis("data").world
+
     def axis(self, name: str) -> Communicator:
         """The ranks along an axis of the mesh; a group of one where it has no others. Those of "data" have samples of
         their own.

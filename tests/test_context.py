@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -313,6 +315,43 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         context("ulysses", 0, 2).install(nn.Linear(2, 2), [])
     with pytest.raises(ValueError, match="context_attention"):
         Config.read({"parallel": {"context_attention": "rign"}}, 1)
+
+
+# What the engine says of it #
+
+
+def evaluate(rank: int, world: int, case: Case) -> tuple[float, float, int]:
+    engine, *_ = initialize(case.build(), config=config(case, world), timeout_s=20.0)
+    found = engine.evaluate([batch(0), batch(1)])
+    engine.close()
+    return found
+
+
+def test_evaluation_counts_a_sequence_once(two_ranks: World) -> None:
+    case = Case("ring")
+    with torch.no_grad():
+        losses = [float(case.build()(*batch(step))) for step in (0, 1)]
+    for found in two_ranks.run(evaluate, case):
+        assert (found.weight, found.batches) == (2 * BATCH, 2)
+        assert found.loss == pytest.approx(sum(losses) / 2, rel=1e-10)
+
+
+def rates(rank: int, world: int, case: Case, folder: str) -> tuple[float, float]:
+    """Samples and tokens per second, by a clock that says that two seconds have passed."""
+    keys = config(case, world, jsonl_monitor={"enabled": True, "output_path": folder})
+    engine, *_ = initialize(case.build(), config=keys, timeout_s=20.0)
+    engine.backward(engine(*batch(0)))
+    assert engine.monitor is not None
+    engine.monitor._since_s = 0.0
+    with mock.patch("time.perf_counter", return_value=2.0):
+        values = engine.monitor._values({})
+    engine.close()
+    return values["samples_per_s"], values["tokens_per_s"]
+
+
+def test_rates_count_a_sequence_once(two_ranks: World, tmp_path: Path) -> None:
+    for found in two_ranks.run(rates, Case("ulysses"), str(tmp_path)):
+        assert found == (BATCH / 2, BATCH * SEQ / 2)
 
 
 # As torch sees it #

@@ -218,6 +218,22 @@ def test_four_ranks_equal_one_process(four_ranks: World, case: Case) -> None:
     check(four_ranks, case)
 
 
+def evaluate(rank: int, world: int, case: Case) -> tuple[float, int]:
+    engine, *_ = initialize(case.build(), config=case.config(), timeout_s=20.0)
+    found = engine.evaluate([tuple(part[:2] for part in batch(step)) for step in range(2 - rank)])
+    engine.close()
+    return found.loss, found.batches
+
+
+def test_a_rank_that_runs_out_of_batches_serves_its_experts(two_ranks: World) -> None:
+    model = Case().build()
+    with torch.no_grad():
+        losses = [float(model(*(part[:2] for part in batch(step)))) for step in (0, 1, 0)]
+    for loss, batches in two_ranks.run(evaluate, Case()):
+        assert batches == 3
+        assert loss == pytest.approx(sum(losses) / 3, rel=1e-10)
+
+
 # Bytes #
 
 
@@ -303,7 +319,9 @@ def test_what_does_not_fit_is_refused_by_name(keys: dict[str, Any], world: int, 
 def test_layers_and_models_that_do_not_fit() -> None:
     group = SoloCommunicator("expert")
     group.world = 3
-    with pytest.raises(ValueError, match=r"expert = 3 does not divide the 4 experts of blocks\.0\.mlp; allowed: 1, 2, 4"):
+    with pytest.raises(
+        ValueError, match=r"expert = 3 does not divide the 4 experts of blocks\.0\.mlp; allowed: 1, 2, 4"
+    ):
         spread_experts(Case().build(), group)
     with pytest.raises(ValueError, match="the model has no MixtureOfExperts"):
         spread_experts(nn.Linear(2, 2), group)
