@@ -4,12 +4,13 @@ A rank's block of keys is merged into the softmax of those that came before (ker
 here is a `Passage`: `Ring` (Liu et al. 2023, Ring Attention with Blockwise Transformers) hands them on to the next rank
 while it computes, `AllGather` (Llama Team 2024, section 3.3.2) has them all at once, at c times the memory.
 
-Tokens are placed in zigzag (engine/context.py). Between the tokens of this rank r, chunks r and 2 c - 1 - r, and those
-of rank s, causal attention then has no partly hidden block, and half of each is not computed:
+What causal attention hides between the tokens of this rank r and those of rank s is not computed. Where tokens lie in
+zigzag, chunks r and 2 c - 1 - r (engine/context.py), that is half of each block:
 
-    s = r    all queries, all keys, causal
-    s < r    all queries see the first half of the keys, none the second
-    s > r    the second half of the queries sees all keys, the first none
+             zigzag                                                           contiguous
+    s = r    all queries, all keys, causal                                    the same
+    s < r    all queries see the first half of the keys, none the second      all see all
+    s > r    the second half of the queries sees all keys, the first none     none sees any
 """
 
 from collections.abc import Callable, Iterator
@@ -120,11 +121,13 @@ class Seen(NamedTuple):
     causal: bool
 
 
-def seen(rank: int, source: int, tokens: int, *, causal: bool) -> Seen:
-    """The part of a block that is computed, in tokens of the ranks; see the top of this file."""
+def seen(rank: int, source: int, tokens: int, *, zigzag: bool, causal: bool) -> Seen | None:
+    """The part of a block that is computed, in tokens of the ranks, if any; see the top of this file."""
     everything, half = slice(0, tokens), tokens // 2
     if not causal or source == rank:
         return Seen(everything, everything, causal)
+    if not zigzag:
+        return Seen(everything, everything, False) if source < rank else None
     if source < rank:
         return Seen(everything, slice(0, half), False)
     return Seen(slice(half, tokens), everything, False)
@@ -139,12 +142,14 @@ class Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, passage: Passage, causal: bool, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, passage: Passage, zigzag: bool, causal: bool, scale: float
     ) -> Tensor:
         kernels, tokens = attention_kernels(query.device), query.shape[2]
         found: Block | None = None
         for source, (keys, values) in passage.blocks(torch.stack((key, value))):
-            part = seen(passage.group.rank, source, tokens, causal=causal)
+            part = seen(passage.group.rank, source, tokens, zigzag=zigzag, causal=causal)
+            if part is None:
+                continue
             here = kernels.block(
                 query[:, :, part.queries],
                 keys[:, :, part.keys],
@@ -156,7 +161,7 @@ class Blockwise(torch.autograd.Function):
         assert found is not None
         output = found.output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, found.logsumexp)
-        ctx.passage, ctx.causal, ctx.scale = passage, causal, scale
+        ctx.passage, ctx.zigzag, ctx.causal, ctx.scale = passage, zigzag, causal, scale
         return output
 
     @staticmethod
@@ -167,7 +172,10 @@ class Blockwise(torch.autograd.Function):
         of_query = torch.zeros_like(query, dtype=wide(query.dtype))
 
         def contribute(source: int, pair: Tensor) -> Tensor:
-            part = seen(rank, source, tokens, causal=ctx.causal)
+            of_pair = torch.zeros_like(pair, dtype=wide(pair.dtype))
+            part = seen(rank, source, tokens, zigzag=ctx.zigzag, causal=ctx.causal)
+            if part is None:
+                return of_pair
             found: Gradients = kernels.block_backward(
                 gradient[:, :, part.queries],
                 query[:, :, part.queries],
@@ -178,13 +186,12 @@ class Blockwise(torch.autograd.Function):
                 scale=ctx.scale,
             )
             of_query[:, :, part.queries].add_(found.query)
-            of_pair = torch.zeros_like(pair, dtype=wide(pair.dtype))
             of_pair[0, :, :, part.keys].copy_(found.key)
             of_pair[1, :, :, part.keys].copy_(found.value)
             return of_pair
 
         of_key, of_value = ctx.passage.gradients(torch.stack((key, value)), contribute)
-        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None, None, None
 
 
 def _merge_into(found: Block, queries: slice, here: Block) -> Block:

@@ -41,11 +41,12 @@ class ContextParallel:
     Args:
         group: the ranks that share each sequence.
         method: "ulysses", "ring" or "all_gather".
+        placement: "zigzag" or "contiguous"; always the latter for "ulysses", whose attention sees all tokens in order.
     """
 
-    def __init__(self, group: Communicator, method: str) -> None:
+    def __init__(self, group: Communicator, method: str, placement: str = "zigzag") -> None:
         self.group, self.method = group, method
-        self.zigzag = method != "ulysses"
+        self.zigzag = method != "ulysses" and placement == "zigzag"
         passages: dict[str, Callable[[Communicator], Passage]] = {"ring": Ring, "all_gather": AllGather}
         self.passage = passages[method](group) if method in passages else None
 
@@ -54,8 +55,8 @@ class ContextParallel:
     def positions(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Positions [S / c] int64, ascending, of this rank's tokens in sequences of S = `tokens`.
 
-        Contiguous for "ulysses", whose attention sees all tokens in order. Else zigzag: of 2 c chunks rank r has
-        chunks r and 2 c - 1 - r, so that causal attention is as much work for every rank.
+        Zigzag: of 2 c chunks rank r has chunks r and 2 c - 1 - r, so that causal attention is as much work for every
+        rank.
 
         Raises:
             ValueError: `tokens` cannot be cut in as many equal chunks.
@@ -169,7 +170,7 @@ class ContextParallel:
                 " 'ulysses', or no dropout there"
             )
         scale = 1 / sqrt(query.shape[-1]) if scale is None else scale
-        out: Tensor = Blockwise.apply(query, key, value, self.passage, is_causal, scale)
+        out: Tensor = Blockwise.apply(query, key, value, self.passage, self.zigzag, is_causal, scale)
         return out
 
     def _ulysses(

@@ -230,7 +230,8 @@ class Engine(Queries, Saves, nn.Module):
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
         self.context: ContextParallel | None = None
         if groups.axis("context").world > 1:
-            self.context = ContextParallel(groups.axis("context"), settings.parallelism.context_attention)
+            shape = settings.parallelism
+            self.context = ContextParallel(groups.axis("context"), shape.context_attention, shape.context_placement)
             self.context.install(model, blocks)
         self.recompute = recompute_blocks(
             model,

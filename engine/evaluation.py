@@ -1,9 +1,9 @@
 """Evaluation: the mean loss over a whole set that the ranks share, as one process would find it.
 
 [Note: ranks that run out]
-Where parameters are sharded, or experts spread, a forward is also a row of collectives of all ranks. So before each batch
-the ranks tell each other who has one; a rank without one runs its last batch again and counts nothing. A rank that
-never had one gets the first batch of another rank to do so with. Where parameters are whole, ranks run alone.
+Where parameters are sharded or experts spread, a forward is also a row of collectives of all ranks. So before each
+batch the ranks tell each other who has one; a rank without one runs its last batch again and counts nothing. A rank
+that never had one gets the first batch of another rank to do so with. Elsewhere ranks run alone.
 """
 
 import io
@@ -107,7 +107,7 @@ def _default_weight(batch: Any, output: Any) -> Tensor | float:
 
 
 def _in_step(engine: "Engine", batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """(batch, whether it counts), as often on every rank where forward needs all of them: [Note: ranks that run out]."""
+    """(batch, whether it counts), as often on every rank where forward needs all: [Note: ranks that run out]."""
     communicator = engine.communicator
     together = engine.runtime.zero.parameters or engine.groups.axis("expert").world > 1
     if communicator.world == 1 or not together:

@@ -20,6 +20,7 @@ from ..kernels.gating import combine, dispatch, route
 from .communicator import Communicator, SoloCommunicator
 from .roles import Role, Whole, give_role
 
+
 class ExpertLinear(nn.Module):
     """A linear layer for each of E experts: [E, C, inputs] -> [E, C, outputs]. Starts as nn.Linear does."""
 

@@ -10,6 +10,7 @@ from ..reading import STRICT
 ORDER = ("tensor", "context", "data", "pipeline")
 """The axes, innermost first: ranks that talk most are neighbours (Narayanan et al. 2021, section 3.2)."""
 
+ContextPlacement = Literal["zigzag", "contiguous"]
 ContextAttention = Literal["ulysses", "ring", "all_gather"]
 
 OF_SAMPLES = ("context", "data")
@@ -25,6 +26,8 @@ class ParallelSection:
         context: ranks that share each sequence.
         context_attention: how these attend to each other's tokens: by an exchange of heads, by keys and values that
             travel from rank to rank, or by all of them at once.
+        context_placement: which tokens a rank has where keys and values come to it: a piece from the front and one
+            from the back, so that causal attention is as much work for all, or neighbouring ones.
         pipeline: ranks that have different layers, as `pipeline_size`.
         expert: data-parallel ranks, neighbours, that have different experts of each mixture; 1: all have all.
         order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
@@ -36,6 +39,7 @@ class ParallelSection:
     tensor: int = 1
     context: int = 1
     context_attention: ContextAttention = "ulysses"
+    context_placement: ContextPlacement = "zigzag"
     pipeline: int = 1
     expert: int = 1
     order: tuple[str, ...] = ORDER
@@ -56,6 +60,7 @@ class Parallelism:
     tensor: int = 1
     context: int = 1
     context_attention: ContextAttention = "ulysses"
+    context_placement: ContextPlacement = "zigzag"
     pipeline: int = 1
     order: tuple[str, ...] = field(default=ORDER)
     sequence_parallel: bool = False
@@ -88,6 +93,7 @@ class Parallelism:
             data=dp_size,
             context=section.context,
             context_attention=section.context_attention,
+            context_placement=section.context_placement,
             order=section.order,
             sequence_parallel=section.sequence_parallel,
             **sizes,
@@ -117,6 +123,7 @@ class Parallelism:
             tensor=self.tensor,
             context=self.context,
             context_attention=self.context_attention,
+            context_placement=self.context_placement,
             pipeline=self.pipeline,
             order=self.order,
             sequence_parallel=self.sequence_parallel,

@@ -46,6 +46,7 @@ class Case(NamedTuple):
     context: int = 2
     stage: int = 0
     policy: str = "none"
+    placement: str = "zigzag"
 
     def build(self) -> nn.Module:
         spec = ModelSpec(
@@ -80,7 +81,11 @@ def config(case: Case, world: int, **keys: Any) -> dict[str, Any]:
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": case.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
-        "parallel": {"context": case.context, "context_attention": case.method},
+        "parallel": {
+            "context": case.context,
+            "context_attention": case.method,
+            "context_placement": case.placement,
+        },
         "activation_checkpointing": {"policy": case.policy},
         **keys,
     }
@@ -98,7 +103,7 @@ def train(rank: int, world: int, case: Case) -> dict[str, Tensor]:
 
 
 def check(world: World, case: Case) -> None:
-    wanted = alone(case._replace(method="", context=1, stage=0, policy="none"))
+    wanted = alone(case._replace(method="", context=1, stage=0, policy="none", placement=""))
     for found in world.run(train, case):
         for name, values in wanted.items():
             assert float((found[name] - values).norm()) <= TOLERANCE * float(values.norm()), name
@@ -250,33 +255,40 @@ def test_backward_of_blocks_adds_up(causal: bool, keys: int, backward: Callable[
         assert torch.allclose(found, each, rtol=1e-10, atol=1e-12)
 
 
-@given(world=st.integers(1, 6), size=st.integers(1, 3))
-def test_zigzag_blocks_cover_what_is_seen_and_nothing_else(world: int, size: int) -> None:
-    """Every (query, key) pair of a causal mask is computed once, and every rank computes as many."""
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_neighbouring_tokens_equal_one_process(four_ranks: World, method: str) -> None:
+    check(four_ranks, Case(method, kv_heads=2, positions="rope", context=4, placement="contiguous"))
+
+
+@given(world=st.integers(1, 6), size=st.integers(1, 3), zigzag=st.booleans())
+def test_blocks_cover_what_is_seen_and_nothing_else(world: int, size: int, zigzag: bool) -> None:
+    """Every (query, key) pair of a causal mask is computed once; in zigzag every rank computes as many."""
     S, work = 2 * world * size, []
-    positions = [context("ring", rank, world).positions(S) for rank in range(world)]
+    placement = "zigzag" if zigzag else "contiguous"
+    positions = [context("ring", rank, world, placement).positions(S) for rank in range(world)]
     assert sorted(torch.cat(positions).tolist()) == list(range(S))
     for rank in range(world):
         computed = 0
         for source in range(world):
-            part = seen(rank, source, 2 * size, causal=True)
+            part = seen(rank, source, 2 * size, zigzag=zigzag, causal=True)
             wanted = positions[rank][:, None] >= positions[source][None, :]
             found = torch.zeros_like(wanted)
-            block_of = torch.ones_like(found[part.queries, part.keys])
-            found[part.queries, part.keys] = block_of.tril() if part.causal else block_of
+            if part is not None:
+                block_of = torch.ones_like(found[part.queries, part.keys])
+                found[part.queries, part.keys] = block_of.tril() if part.causal else block_of
             assert torch.equal(found, wanted)
             computed += int(found.sum())
         work.append(computed)
-    assert len(set(work)) == 1
+    assert not zigzag or len(set(work)) == 1
 
 
 # Edges #
 
 
-def context(method: str, rank: int, world: int) -> ContextParallel:
+def context(method: str, rank: int, world: int, placement: str = "zigzag") -> ContextParallel:
     group = SoloCommunicator("context")
     group.rank, group.world = rank, world
-    return ContextParallel(group, method)
+    return ContextParallel(group, method, placement)
 
 
 def test_each_rank_has_its_tokens_and_their_positions() -> None:
@@ -357,8 +369,8 @@ def test_rates_count_a_sequence_once(two_ranks: World, tmp_path: Path) -> None:
 # As torch sees it #
 
 
-def autocast(rank: int, world: int, method: str) -> list[float]:
-    """Losses under torch.autocast: queries and keys that rope has widened meet values that it has not."""
+def autocast(rank: int, world: int, method: str) -> tuple[list[float], set[str]]:
+    """Losses under torch.autocast, and what travels: rope has widened queries and keys, but not values."""
     case = Case(method, kv_heads=2, positions="rope")
     keys = config(case, world, torch_autocast={"enabled": True, "dtype": "bfloat16"})
     engine, *_ = initialize(case.build().float(), config=keys, timeout_s=20.0)
@@ -368,12 +380,17 @@ def autocast(rank: int, world: int, method: str) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    formats = {entry.dtype for entry in engine.groups.axis("context").ledger}
     engine.close()
-    return losses
+    return losses, formats
 
 
 def test_autocast(two_ranks: World) -> None:
     """The mean loss over ranks is that of the other methods up to bf16's rounding (2^-8 relative)."""
-    losses = [[sum(each) / 2 for each in zip(*two_ranks.run(autocast, method), strict=True)] for method in METHODS]
+    losses = []
+    for method in METHODS:
+        ranks = two_ranks.run(autocast, method)
+        losses.append([sum(each) / 2 for each in zip(*(found for found, _ in ranks), strict=True)])
+        assert ranks[0][1] == ({"bf16"} if method == "ulysses" else {"bf16", "fp32"})  # sums of gradients are wide
     for others in losses[1:]:
         assert others == pytest.approx(losses[0], rel=2**-8)

@@ -199,6 +199,21 @@ def check(world: World, case: Case) -> None:
             assert float((found.parameters[name] - values).norm()) <= TOLERANCE * float(values.norm()), name
 
 
+def test_the_loss_has_the_balance_of_every_block() -> None:
+    model, balances = Case().build(), []
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.register_forward_hook(lambda m, x, out: balances.append(float(out[1])))
+    x, y = batch(0)
+    with torch.no_grad():
+        plain = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        balances.clear()
+        loss = model(x, y)
+    assert len(balances) == 2
+    assert float(loss) == pytest.approx(float(plain) + 0.1 * sum(balances), rel=1e-12)
+    assert min(balances) > 1e-3
+
+
 @pytest.mark.parametrize("case", [Case(), Case(stage=2, top_k=1, mlp="swiglu"), Case(expert=1, stage=3)])
 def test_two_ranks_equal_one_process(two_ranks: World, case: Case) -> None:
     check(two_ranks, case)
