@@ -16,6 +16,8 @@ groups      which ranks form which groups: a mesh of named axes; the network as 
 tiers       a cluster seen by a collective: latency and bandwidth per tier; the closed form of a ring
 costs       the closed form of every algorithm: its seconds without its program
 choice      the fastest algorithm by network and size; where it changes
+partition_stages  which layers make which stage: the largest part as small as can be
+pipeline_acknowledge  when a sent message has surely arrived, told from the plan
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 context     what attention sends over ranks that share each sequence
 experts     how many tokens an expert takes; what the exchange of tokens sends

@@ -218,8 +218,8 @@ class _Player:
         return Send(need.what, maker, need.micro_batch, rank) in self._has[rank]
 
     def _post(self, rank: int, message: Message) -> None:
-        if isinstance(message, Send) and message not in self._has[rank]:
-            raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which is not made yet")
         if not 0 <= message.peer < self._plan.ranks or message.peer == rank:
             raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which is no other rank")
+        if isinstance(message, Send) and message not in self._has[rank]:
+            raise ValueError(f"{self._plan.schedule}: rank {rank}: {message}, which nothing before has made")
         self._ready += self._rule.post(rank, message)

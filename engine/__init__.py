@@ -7,6 +7,7 @@ script          what a DeepSpeed script calls besides initialize: arguments, ini
 gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
 dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
+device_mesh     the mesh as torch's DeviceMesh, for code that asks for one
 mesh            how ranks are divided between kinds of parallelism: a mesh of named axes
 schedule        learning-rate schedules as formulas
 scheduler       objects that set an optimizer's learning rate by them, or by torch's
@@ -16,6 +17,15 @@ batch           what a batch is: changed, counted, given to a model
 evaluation      mean loss and perplexity over a set that the ranks share
 metrics         writers of metrics: JSONL, CSV, TensorBoard, W&B
 monitor         what the engine tells of its steps, and to whom
+flat            a model's parameters in flat units, the same on all ranks that have them
+stages          a model as a row of layers, cut into the chunks of pipeline stages
+pipeline        PipelineEngine: a step of a model whose layers are on several ranks
+pipeline_section  the config's section on it, and the plans that follow
+pipeline_format  what chunks hand to each other: shapes, found once
+pipeline_play   one rank's program of a plan: forwards, backwards, messages
+pipeline_runtime  ZeRO under a pipeline: several micro-batches under way, chunks as one
+deferred        linear layers whose weight gradients come after backward
+letters         messages between two CPU ranks
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
@@ -34,16 +44,19 @@ loss_scale      the loss scale as a state machine
 precision       the config's sections on formats, and what they say together
 saves           what an engine saves and loads, by DeepSpeed's names
 checkpoint      saves an engine and loads it, at any other number of ranks and stage
-checkpoint_plan which rank writes and reads what of a flattened tensor: planners for torch.distributed.checkpoint
+checkpoint_plan boxes of tensors written and read by ranks: planners for torch.distributed.checkpoint
+checkpoint_share which rank saves what, where ranks have different parameters
 checkpoint_save one save: planned, staged, written, made the one of its tag
 checkpoint_load one load: which, is it whole, does it fit, this rank's part
 checkpoint_files the folder of checkpoints: complete or absent, `latest`, checksums, leftovers
 run_state       what of a run is not a parameter or its moments
+assembly        the whole model, a parameter at a time: its shards, parts and stages put together
 export          full weights as safetensors, from an engine or from a checkpoint's folder
 agreement       ranks exchange objects, and fail together
 durable         files that are whole or absent
 redundancy      what a run keeps more than once, as its config says it
 roles           what a parameter is to the ranks that share the model
+chunks          where a rank's elements lie in whole parameters, and parts put together again
 groups          the groups that collectives run on, along the axes of the config's mesh
 placement       where state rests, as the config says it
 tier            what one rank keeps off its device: files, buffers that units share
@@ -58,7 +71,6 @@ compression     ways to send fewer bytes, described, and what each puts on the w
 codec           rows of numbers as rows of bytes and back
 compressed      a communicator that compresses what goes through it
 one_bit_adam    Adam whose momentum travels as one bit per element
-letters         messages between two CPU ranks, outside of any program
 gloo            plays our programs on CPU ranks, in order, in a thread or by who waits; says who failed
 program         what a rank posts in each step of a program, for any transport
 sockets         moves messages through Gloo

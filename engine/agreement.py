@@ -22,8 +22,14 @@ class _Outcome:
     error: str = ""
 
 
-def everyones(communicator: Communicator, mine: T, label: str) -> list[T]:
+HOST = torch.device("cpu")
+
+
+def everyones(communicator: Communicator, mine: T, label: str, device: torch.device = HOST) -> list[T]:
     """Every rank's object, by rank, on every rank.
+
+    Args:
+        device: whose tensors the communicator sends.
 
     Raises:
         CommunicationError: a rank is silent or does something else; the message names it.
@@ -31,13 +37,13 @@ def everyones(communicator: Communicator, mine: T, label: str) -> list[T]:
     if communicator.world == 1:
         return [mine]
     payload = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
-    sizes = torch.zeros(communicator.world, dtype=torch.int64)
+    sizes = torch.zeros(communicator.world, dtype=torch.int64, device=device)
     sizes[communicator.rank] = payload.numel()
     communicator.all_gather(sizes, f"{label}: sizes").wait()
-    rows = torch.zeros(communicator.world, int(sizes.max()), dtype=torch.uint8)
-    rows[communicator.rank, : payload.numel()] = payload
+    rows = torch.zeros(communicator.world, int(sizes.max()), dtype=torch.uint8, device=device)
+    rows[communicator.rank, : payload.numel()] = payload.to(device)
     communicator.all_gather(rows.view(-1), label).wait()
-    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+    return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows.cpu(), sizes.tolist(), strict=True)]
 
 
 def all_or_none(communicator: Communicator, action: Callable[[], T], label: str) -> list[T]:

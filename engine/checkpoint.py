@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checkpoint_files as files
-from .agreement import DisagreementError, all_or_none
+from .agreement import DisagreementError, all_or_none, everyones
 from .checkpoint_files import CheckpointError
-from .checkpoint_load import chosen, restore
+from .checkpoint_load import chosen, names, restore
 from .checkpoint_save import Saving
 from .communicator import Communicator
 from .device import end_host_communicator, host_communicator
@@ -144,6 +144,7 @@ class Checkpoints:
         folder = chosen(host, load_dir, tag, fall_back)
         if folder is None:
             return None, {}
+        everywhere = set().union(*everyones(host, names(self.engine), "names"))
         try:
             (state, *_) = all_or_none(
                 host,
@@ -151,6 +152,7 @@ class Checkpoints:
                     restore,
                     self.engine,
                     folder,
+                    everywhere,
                     strict=strict,
                     optimizer=optimizer and not module_only,
                     lr_scheduler=lr_scheduler and not module_only,

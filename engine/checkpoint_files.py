@@ -17,15 +17,18 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from .durable import sync_folder, write_whole
+
+FORMAT = 2
+"""Of what is saved: 1 had every parameter flat, 2 has it in its shape, so that it may be cut along any dimension."""
 
 MANIFEST, LATEST = "manifest.json", "latest"
 PARTIAL, REPLACED = ".partial-", ".replaced"
@@ -48,6 +51,7 @@ class Manifest:
     """What a checkpoint holds.
 
     Attributes:
+        format: of the tensors.
         optimizer: class name of the optimizer.
         parameters: shape by name, a tied one under its first name.
         dtypes: of the model's parameters, by name; the masters may be wider.
@@ -56,6 +60,7 @@ class Manifest:
         files: by name inside the folder.
     """
 
+    format: int
     tag: str
     world: int
     stage: int
@@ -66,6 +71,20 @@ class Manifest:
     aliases: dict[str, str]
     buffers: tuple[str, ...]
     files: dict[str, Stored]
+
+    @classmethod
+    def joined(cls, everyones: "Sequence[Manifest]") -> "Manifest":
+        """That of all ranks, of which each may have other parameters and buffers."""
+        parameters: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
+        aliases: dict[str, str] = {}
+        buffers: dict[str, None] = {}
+        for each in everyones:
+            parameters |= each.parameters
+            dtypes |= each.dtypes
+            aliases |= each.aliases
+            buffers |= dict.fromkeys(each.buffers)
+        return replace(everyones[0], parameters=parameters, dtypes=dtypes, aliases=aliases, buffers=tuple(buffers))
 
     def to_json(self) -> str:
         """With its own SHA-256, because no other file has it."""
@@ -85,6 +104,8 @@ class Manifest:
             fields = outer["manifest"]
             if hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest() != outer["sha256"]:
                 raise ValueError("its checksum differs")
+            if (written := fields.get("format", 1)) != FORMAT:
+                raise ValueError(f"it has format {written}, and this version reads {FORMAT}: load it with its own")
             fields["files"] = {name: Stored(**stored) for name, stored in fields["files"].items()}
             fields["parameters"] = {name: tuple(shape) for name, shape in fields["parameters"].items()}
             fields["buffers"] = tuple(fields["buffers"])

@@ -52,21 +52,28 @@ def _checked(host: Communicator, load_dir: Path, tag: str) -> str:
 def restore(
     engine: "Engine",
     folder: Path,
+    everywhere: set[str],
     *,
     strict: bool,
     optimizer: bool,
     lr_scheduler: bool,
     module_only: bool,
 ) -> dict[str, Any]:
-    """This rank's part of a checkpoint into the engine; the client's state."""
+    """This rank's part of a checkpoint into the engine; the client's state.
+
+    Args:
+        everywhere: names of parameters and buffers that any rank of this run has.
+    """
     manifest, stock = Manifest.read(folder), Stock(folder)
     module_tensors, _ = run_state.split(run_state.buffers(engine))
-    _compare(engine, manifest, set(module_tensors), optimizer=optimizer, strict=strict)
+    _compare(engine, manifest, everywhere, optimizer=optimizer, strict=strict)
     rank = f"{RANKS}{engine.communicator.rank}"
     same_rank = manifest.world == engine.communicator.world and rank in stock.objects
     records = stock.read({}, [RUN, rank] if same_rank else [RUN])
     run = run_state.from_bytes(records[RUN])
     own = run_state.from_bytes(records[rank]) if same_rank else None
+    if own is not None and own["mesh"] != run_state.mesh(engine):
+        own = None
 
     # What can still be refused comes first, so that a refusal leaves the engine as it was.
     if not module_only:
@@ -95,18 +102,24 @@ def restore(
     return client_state
 
 
-def _compare(engine: "Engine", manifest: Manifest, buffers: set[str], *, optimizer: bool, strict: bool) -> None:
+def names(engine: "Engine") -> set[str]:
+    """Of this rank's parameters and buffers."""
+    module_tensors, _ = run_state.split(run_state.buffers(engine))
+    return {slot.name for slot in run_state.slots(engine)} | set(module_tensors)
+
+
+def _compare(engine: "Engine", manifest: Manifest, mine: set[str], *, optimizer: bool, strict: bool) -> None:
     """Whether a checkpoint is of this model and optimizer.
 
     Raises:
         ValueError: naming what differs.
     """
-    here = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
+    here = {slot.name: run_state.whole_shape(slot) for slot in run_state.slots(engine)}
     there = manifest.parameters
     for name, shape in here.items():
         if shape != there.get(name, shape):
             raise ValueError(f"parameter {name} has shape {shape}, in the checkpoint {there[name]}")
-    mine, saved = here.keys() | buffers, there.keys() | set(manifest.buffers)
+    saved = there.keys() | set(manifest.buffers)
     if strict and mine != saved:
         raise ValueError(
             f"the checkpoint lacks {_some(mine - saved)} and has {_some(saved - mine)} that the model lacks; allowed:"
@@ -149,8 +162,9 @@ def _read_values(stock: Stock, held: Held, states: list[str]) -> dict[str, Any]:
             scalars[key] = name
             continue
         dtype = held.unit.wide if stock.dtypes[key] == saved else stock.dtypes[key]
-        values[name] = torch.empty(held.elements, dtype=dtype)
-        regions[Region.range(key, held.first, held.elements, held.whole)] = values[name]
+        values[name] = torch.zeros(held.elements, dtype=dtype)  # which padding keeps
+        for chunk in held.chunks:
+            regions[Region(key, chunk.offset, chunk.shape, held.shape)] = chunk.of(values[name])
     for key, data in stock.read(regions, scalars).items():
         values[scalars[key]] = run_state.from_bytes(data)
     return values

@@ -1,8 +1,9 @@
-"""Planners for torch.distributed.checkpoint (DCP) by parameter: what a rank writes and reads of each flattened tensor.
+"""Planners for torch.distributed.checkpoint (DCP) by parameter: what a rank writes and reads of each tensor.
 
-A checkpoint shows every parameter, and every tensor of an optimizer's state that goes with its elements, as one flat
-tensor. A rank writes the range that it holds, wherever units and shards cut it, and reads the range that it needs; so
-the ranks, the stage and the units of the run that loads may differ from those of the run that saved.
+A checkpoint shows every parameter, and every tensor of an optimizer's state that goes with its elements, as one tensor
+of the whole parameter's shape. A rank writes the boxes that it holds (engine/chunks.py), wherever the model, its units
+and shards are cut, and reads the boxes that it needs; so ranks, axes, stage and units of the run that loads may differ
+from those of the run that saved.
 """
 
 import io
@@ -42,7 +43,7 @@ PARAMETERS, OPTIMIZER, BUFFERS, RANKS, RUN = "parameters/", "optimizer/", "buffe
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A box of the tensor that a checkpoint shows under `key`: a range of a flat one, or all of any other.
+    """A box of the tensor that a checkpoint shows under `key`.
 
     Attributes:
         offset, shape: of the box.
@@ -53,10 +54,6 @@ class Region:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     whole: tuple[int, ...]
-
-    @classmethod
-    def range(cls, key: str, first: int, elements: int, whole: int) -> "Region":
-        return cls(key, (first,), (elements,), (whole,))
 
     @classmethod
     def all_of(cls, key: str, shape: Iterable[int]) -> "Region":

@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from . import checkpoint_files as files
 from . import run_state
 from .agreement import DisagreementError, all_or_none
-from .checkpoint_files import CheckpointError, DigestingFiles, Manifest, Stored
+from .checkpoint_files import FORMAT, CheckpointError, DigestingFiles, Manifest, Stored
 from .checkpoint_plan import BUFFERS, OPTIMIZER, PARAMETERS, RANKS, RUN, Region, RegionSavePlanner, Source
+from .checkpoint_share import Assets, Task, assets, share
+from .chunks import Chunk
 from .communicator import Communicator
 from .optimizer import Held
 
@@ -26,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class _Start(NamedTuple):
-    """What a rank tells the others first: the folder to write into (rank 0's counts), what it saves, its buffers."""
+    """What a rank tells the others first: the folder to write into (rank 0's counts), what it saves, what it has."""
 
     partial: Path
     asked: tuple[str, str, int]
-    marks: dict[str, int]
+    assets: Assets
 
 
 class Saving:
@@ -49,6 +51,7 @@ class Saving:
         self.engine, self.host, self.save_dir, self.tag = engine, host, save_dir, tag
         self.save_latest, self.keep_last = save_latest, keep_last
         self.folder = save_dir / tag
+        self.partial: Path  # what it is called until it is whole; known once rank 0 has made it
 
     def prepare(self, client_state: Mapping[str, Any]) -> None:
         """Agree on what each rank writes, and take what must be of this moment."""
@@ -60,27 +63,28 @@ class Saving:
                         f"save_checkpoint: rank 0 saves (folder, tag, steps) {begun[0].asked}, rank {rank}"
                         f" {start.asked}; allowed: the same on all ranks"
                     )
-            self.partial: Path = begun[0].partial
-            planned = all_or_none(self.host, partial(self._plan, begun[0].marks, client_state), f"plan {self.tag}")
+            self.partial = begun[0].partial
+            everyones = [start.assets for start in begun]
+            planned = all_or_none(self.host, partial(self._plan, everyones, client_state), f"plan {self.tag}")
         except DisagreementError as error:
             raise self._failed(error) from error
         plans, self.metadata = self.planner.create_global_plan([plan for plan, _ in planned])
         mine: SavePlan = self.writer.prepare_global_plan(plans)[self.host.rank]
         self.plan = self.planner.finish_plan(mine)
-        self.manifest: Manifest = planned[0][1]
+        self.manifest = Manifest.joined([manifest for _, manifest in planned])
 
     def _begin(self) -> "_Start":
         folder = self.save_dir
         if self.host.rank == 0:
-            folder = files.begin(self.save_dir, self.tag, secrets.token_hex(4))
-        module_tensors, _ = run_state.split(run_state.buffers(self.engine))
+            self.partial = folder = files.begin(self.save_dir, self.tag, secrets.token_hex(4))
         asked = (str(self.save_dir.absolute()), self.tag, self.engine.global_steps)
-        return _Start(folder, asked, run_state.fingerprints(module_tensors))
+        return _Start(folder, asked, assets(self.engine))
 
-    def _plan(self, marks: dict[str, int], client_state: Mapping[str, Any]) -> tuple[SavePlan, Manifest]:
+    def _plan(self, everyones: list[Assets], client_state: Mapping[str, Any]) -> tuple[SavePlan, Manifest]:
         if not self.partial.is_dir():
             raise FileNotFoundError(f"{self.partial}, which rank 0 made, is not seen here: save_dir must be shared")
-        tensors, objects = _contents(self.engine, self.host.rank, marks, client_state)
+        task = share(everyones, self.host.rank)
+        tensors, objects = _contents(self.engine, self.host.rank, task, client_state)
         self.planner = RegionSavePlanner(tensors, objects)
         self.files = DigestingFiles()
         self.writer = FileSystemWriter(self.partial)
@@ -149,56 +153,61 @@ class Saving:
 
 
 def _contents(
-    engine: "Engine", rank: int, marks: dict[str, int], client_state: Mapping[str, Any]
+    engine: "Engine", rank: int, task: Task, client_state: Mapping[str, Any]
 ) -> tuple[dict[Region, Source], dict[str, bytes]]:
-    """This rank's regions of tensors, and the objects that it writes; `marks` are those of rank 0's buffers."""
+    """This rank's regions of tensors, and the objects that it writes."""
     tensors: dict[Region, Source] = {}
     objects: dict[str, bytes] = {}
     for held in engine.optimizer.held():
+        if held.name in task.elsewhere:
+            continue
+        chunks, shape = held.chunks, held.shape
         for state, value in engine.optimizer.values(held).items():
             key = PARAMETERS + held.name if state == "parameter" else f"{OPTIMIZER}{state}/{held.name}"
             if isinstance(value, Tensor) and value.shape == (held.elements,):
-                region = Region.range(key, held.first, held.elements, held.whole)
-                tensors[region] = Source(value.dtype, partial(_fetch, engine, held, state))
+                for chunk in chunks:
+                    region = Region(key, chunk.offset, chunk.shape, shape)
+                    tensors[region] = Source(value.dtype, partial(_fetch, engine, held, state, chunk))
             elif isinstance(value, Tensor) and value.dim():
                 raise ValueError(
                     f"optimizer state {state!r} of {held.name} has shape {tuple(value.shape)} for {held.elements}"
                     " elements; allowed: a value per element, or a scalar"
                 )
-            elif held.first == 0:
+            elif any(not any(chunk.offset) for chunk in chunks):
                 # A scalar goes with the parameter: who has its first element writes it.
                 objects[key] = run_state.to_bytes(value)
-    module_tensors, extra_state = run_state.split(run_state.buffers(engine))
+    module_tensors, _ = run_state.split(run_state.buffers(engine))
+    tensors |= {
+        Region.all_of(BUFFERS + name, module_tensors[name].shape): Source(
+            module_tensors[name].dtype, module_tensors[name].clone
+        )
+        for name in task.buffers
+    }
     if rank == 0:
-        tensors |= {
-            Region.all_of(BUFFERS + name, tensor.shape): Source(tensor.dtype, tensor.clone)
-            for name, tensor in module_tensors.items()
-        }
-        objects[RUN] = run_state.to_bytes(run_state.run_record(engine, extra_state, client_state))
-    mine = run_state.fingerprints(module_tensors)
-    own = {name: module_tensors[name] for name, mark in mine.items() if mark != marks.get(name)}
+        record = run_state.run_record(engine, task.groups, task.extra_state, client_state)
+        objects[RUN] = run_state.to_bytes(record)
+    own = {name: module_tensors[name] for name in task.own_buffers}
     objects[f"{RANKS}{rank}"] = run_state.to_bytes(run_state.rank_record(engine, own))
     return tensors, objects
 
 
-def _fetch(engine: "Engine", held: Held, state: str) -> Tensor:
-    value: Tensor = engine.optimizer.values(held)[state]
-    return value
+def _fetch(engine: "Engine", held: Held, state: str, chunk: Chunk) -> Tensor:
+    return chunk.of(engine.optimizer.values(held)[state])
 
 
 def _manifest(engine: "Engine", tag: str) -> Manifest:
-    parameters = dict(engine.module.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
-    everywhere = engine.module.named_parameters(remove_duplicate=False)
+    slots = run_state.slots(engine)
+    names = run_state.every_name(engine)
     return Manifest(
+        format=FORMAT,
         tag=tag,
         world=engine.communicator.world,
         stage=engine.settings.zero.stage,
         global_steps=engine.global_steps,
         optimizer=engine.optimizer.kind.__name__,
-        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        dtypes={name: str(parameter.dtype).removeprefix("torch.") for name, parameter in parameters.items()},
-        aliases={name: names[parameter] for name, parameter in everywhere if name not in parameters},
+        parameters={slot.name: run_state.whole_shape(slot) for slot in slots},
+        dtypes={slot.name: str(slot.parameter.dtype).removeprefix("torch.") for slot in slots},
+        aliases={alias: slot.name for slot in slots for alias in names[slot.parameter][1:]},
         buffers=tuple(run_state.split(run_state.buffers(engine))[0]),
         files={},
     )

@@ -20,6 +20,7 @@ from .compression import ERROR_FEEDBACK, SCHEMES, BlockQuantized, Cast, Scheme, 
 from .dialect import translated
 from .mesh import Parallelism, ParallelSection
 from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
+from .pipeline_section import PipelineSection
 from .placement import OffloadOptimizerSection, OffloadParamSection, Placement
 from .precision import AutocastSection, Bf16Section, DataTypes, Fp16Section, Precision, precision
 from .redundancy import OFF, LocalUpdates, Redundancy, resolve
@@ -250,6 +251,7 @@ class Json:
     mp_size: int = 1
     pipeline_size: int = 1
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +270,7 @@ class Config:
         redundancy: what is kept more than once.
         placement: where shards rest, if not on the device.
         activations: what is computed again in backward.
+        pipeline: how the stages of a pipeline work.
     """
 
     zero: Zero
@@ -287,6 +290,7 @@ class Config:
     monitoring: Monitoring = field(default_factory=Monitoring)
     placement: Placement = field(default_factory=Placement)
     activations: ActivationSection = field(default_factory=ActivationSection)
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
@@ -353,6 +357,7 @@ class Config:
             monitoring=Monitoring.of(keys, where),
             placement=keys.zero_optimization.placement(),
             activations=keys.activation_checkpointing,
+            pipeline=keys.pipeline,
         )
 
 

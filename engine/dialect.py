@@ -80,7 +80,6 @@ REFUSED: dict[str, str] = {
     "elasticity": "the number of ranks is fixed when a run starts",
     "torch_autocast.lower_precision_safe_modules": "torch knows its safe operators",
     "sparse_attention": "attention is the model's own affair",
-    "pipeline": "pipeline parallelism is not performed",
     "tensor_parallel": "tensor parallelism is not performed",
     "sequence_parallel_size": "sequence parallelism is not performed",
     "curriculum_learning": "choose samples in the data loader",

@@ -1,20 +1,22 @@
 """`initialize` and the engine: forward, backward, step, on any device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .assembly import full_parameters, full_state_dict
 from .communicator import Communicator
 from .config import Config, OptimizerSection
 from .context import ContextParallel
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
 from .experts import spread_experts
+from .flat import flat_units, narrow_buffers
 from .gathered import remember
 from .groups import Groups, groups_for
 from .host_step import HostSteps
@@ -24,17 +26,19 @@ from .loss import loss_of
 from .loss_scale import LossScaler
 from .monitor import Monitor, monitor_for
 from .optim import unsharded
-from .optimizer import ShardedOptimizer, layouts
-from .partition import partition
+from .optimizer import ShardedOptimizer
 from .queries import Queries, of_module
 from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
+from .stages import LayerList
 from .tier import Tiers
 from .transfer import Moved, Transfers
-from .unit import FlatUnit
 from .zero import ZeroRuntime, reduce_order
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 Keys = Mapping[str, Any] | str | Path
@@ -42,7 +46,7 @@ Criterion = Callable[..., Tensor]
 
 
 def initialize(
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     criterion: Criterion | Keys | None = None,
     config: Keys | None = None,
     *,
@@ -59,7 +63,8 @@ def initialize(
     """Make a model trainable in parallel; the call that a DeepSpeed script makes.
 
     Args:
-        model: any module; its parameters stay the same objects, their memory moves into flat units.
+        model: any module; its parameters stay the same objects, their memory moves into flat units. For pipeline stages
+            one that can say its layers (engine/stages.py), or a list of them.
         criterion: kept as `engine.criterion`, for `engine.criterion(engine(inputs), targets)`; a config may stand in
             its place: `initialize(model, {...})`.
         config: DeepSpeed's JSON as a dict or a path (the keys of docs/config.md).
@@ -82,13 +87,15 @@ def initialize(
         ValueError: the config or the optimizer does not fit; the message names the key.
     """
     criterion, config = _told_apart(criterion, config)
+    model = model if isinstance(model, nn.Module) else LayerList(model)
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
-    engine = Engine(model, settings, groups, pattern, units, timeout_s, transfers)
+    kind = _kind_of_engine(model, settings)
+    engine = kind(model, settings, groups, pattern, units, timeout_s, transfers)
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
@@ -96,6 +103,16 @@ def initialize(
     if loader is not None:
         engine.stateful["data_loader"] = loader
     return engine, engine.optimizer, loader, engine.lr_scheduler
+
+
+def _kind_of_engine(model: nn.Module, settings: Config) -> "type[Engine]":
+    """What performs the model: stages, or all of it at once. A flight is of one stage, which is a model to it."""
+    staged = settings.parallelism.pipeline > 1 or isinstance(model, LayerList)
+    if not staged or model_device(model).type == "sim":
+        return Engine
+    from .pipeline import PipelineEngine
+
+    return PipelineEngine
 
 
 def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:
@@ -139,15 +156,6 @@ def _loader(
         world=samples.world,
     )
     return ResumableLoader(data, share, seed=settings.seed, options=settings.data_loading, collate=collate)
-
-
-def _narrow_buffers(model: nn.Module, settings: Config) -> None:
-    """Floating-point buffers follow the parameters' precision; else they would widen what they meet."""
-    if settings.precision not in DTYPES:
-        return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.to(DTYPES[settings.precision])
 
 
 class Engine(Queries, Saves, nn.Module):
@@ -197,60 +205,49 @@ class Engine(Queries, Saves, nn.Module):
         if settings.redundancy.expert_ranks > 1:
             with communicator.observer.category("parameters"):
                 spread_experts(model, groups.axis("expert"))
+        self.context: ContextParallel | None = None
         self.tiers: Tiers | None = None
+        self._device_mesh: DeviceMesh | None = None
         if settings.placement.moves:
             transfers = transfers or Transfers(timeout_s, communicator.observer)
             self.tiers = Tiers(settings.placement, transfers, communicator.rank)
-        buffers = settings.buffers
-        blocks, parts = partition(
-            model,
-            pattern.param_groups,
-            units,
-            bucket_elements=buffers.bucket_elements,
-            persistent_below=buffers.persistent_below if settings.zero.parameters else 0,
-        )
-        layout_of = layouts(pattern, parts, settings.placement)
-        flat = []
-        for part in parts:
-            communicator.observer.enter("initialize", part.block)
-            dtype = DTYPES.get(settings.precision, part.dtype)
-            gradients = DTYPES.get(settings.formats.gradients, dtype)
-            unit = FlatUnit(part, settings.zero, groups.of(part.role), dtype, communicator.observer, gradients)
-            groups.replicate([unit.full], part.role)
-            unit.take_shard(self.tiers, layout_of.get(part))
-            flat.append(unit)
-        communicator.observer.enter("initialize.end", -1)
-        with communicator.observer.category("buffers"):
-            _narrow_buffers(model, settings)
-        groups.everyone.replicate(model.buffers())
-        self.runtime = ZeroRuntime(model, blocks, flat, settings.zero, groups, settings.accumulation, buffers)
+        self.runtime = self._make_runtime(pattern, units)
         if self.tiers is not None:
             self.tiers.make_buffers(adds=settings.zero.gradients and settings.accumulation > 1)
-            trainable = sorted((unit for unit in flat if unit.trainable), key=lambda unit: reduce_order(unit.part))
+            trainable = sorted((u for u in self.runtime.units if u.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
-        self.context: ContextParallel | None = None
-        if groups.axis("context").world > 1:
-            shape = settings.parallelism
-            self.context = ContextParallel(groups.axis("context"), shape.context_attention, shape.context_placement)
-            self.context.install(model, blocks)
-        self.recompute = recompute_blocks(
-            model,
-            blocks,
-            settings.activations,
-            model_device(model),
-            visit=self.runtime.visiting,
-            observer=communicator.observer,
-        )
         self.loss_scaler = LossScaler(settings.formats.scaling)
         self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
         self._loss_is_scaled = False
-        self.runtime.before_backward = self._check_loss
         self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
         local = settings.redundancy.local
         self.local_updates = LocalTraining(local, self.runtime) if local is not None else None
         if self.local_updates is not None:
             self.stateful["local_updates"] = self.local_updates
         remember(self.runtime)
+
+    def _make_runtime(self, pattern: torch.optim.Optimizer, units: Iterable[nn.Module] | None) -> Any:
+        """The model in flat units, and what moves them; its blocks learn to compute again."""
+        model, settings, communicator = self.module, self.settings, self.communicator
+        blocks, flat = flat_units(model, settings, self.groups, pattern, pattern.param_groups, units, self.tiers)
+        communicator.observer.enter("initialize.end", -1)
+        narrow_buffers(model, settings, self.groups)
+        runtime = ZeroRuntime(model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
+        runtime.before_backward = self._check_loss
+        if self.groups.axis("context").world > 1:
+            shape = settings.parallelism
+            context = ContextParallel(self.groups.axis("context"), shape.context_attention, shape.context_placement)
+            context.install(model, blocks)
+            self.context = context
+        self.recompute = recompute_blocks(
+            model,
+            blocks,
+            settings.activations,
+            model_device(model),
+            visit=runtime.visiting,
+            observer=communicator.observer,
+        )
+        return runtime
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -325,6 +322,10 @@ class Engine(Queries, Saves, nn.Module):
         self.micro_steps += 1
         if not last:
             return
+        self._take_step()
+
+    def _take_step(self) -> None:
+        """The gradients of all micro-steps are here."""
         rate = self.optimizer.param_groups[0]["lr"]
         with self._timed("step"):
             self.optimizer.step()
@@ -373,20 +374,28 @@ class Engine(Queries, Saves, nn.Module):
         self.runtime.settle()
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Every parameter whole, by name, on the host. All ranks must call it."""
-        with self.groups.uncompressed():
-            return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
+        """Every parameter of the whole model, by name, on the host. All ranks must call it."""
+        return {each.names[0]: value for each, value in full_parameters(self).items()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers, whole, by the model's own names. All ranks must call it.
 
         (`state_dict` of a model whose parameters are sharded shows NaN where values are not here.)
         """
-        shown = {name: value.cpu().clone() for name, value in self.module.state_dict().items()}
-        whole = self.full_parameters()
-        first_name = {parameter: name for name, parameter in self.module.named_parameters()}
-        every_name = self.module.named_parameters(remove_duplicate=False)
-        return shown | {name: whole[first_name[parameter]] for name, parameter in every_name if name in shown}
+        return full_state_dict(self)
+
+    def own_state(self) -> dict[str, Any]:
+        """What of the model's `state_dict` this rank keeps up to date: all, except where stages share the model."""
+        state: dict[str, Any] = self.module.state_dict()
+        return state
+
+    def device_mesh(self) -> "DeviceMesh":
+        """The run's ranks by axis as torch's DeviceMesh; all ranks must call it first. See engine/device_mesh.py."""
+        if self._device_mesh is None:
+            from .device_mesh import device_mesh
+
+            self._device_mesh = device_mesh(self.settings.parallelism, self.device, self.timeout_s)
+        return self._device_mesh
 
     # Offload #
 

@@ -148,20 +148,3 @@ def spread_experts(model: nn.Module, group: Communicator) -> None:
             whole = Whole(tuple(parameter.shape), 0, (here,))
             parameter.data = parameter.data[slice(*here)].clone()
             give_role(parameter, Role(cut=("expert",), whole=whole))
-
-
-def whole_experts(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`values` by name (of `Engine.full_parameters`) with the experts of all ranks. All ranks must call it."""
-    whole = dict(values)
-    for prefix, layer in model.named_modules():
-        if not isinstance(layer, MixtureOfExperts) or layer.group.world == 1:
-            continue
-        for name, parameter in layer.experts.named_parameters(prefix=f"{prefix}.experts" if prefix else "experts"):
-            mine = values[name]
-            if mine.shape[0] == layer.number:
-                continue
-            buffer = parameter.new_empty((layer.group.world, *mine.shape), dtype=mine.dtype)
-            buffer[layer.group.rank].copy_(mine)
-            layer.group.all_gather(buffer.view(-1), f"experts of {name}").wait()
-            whole[name] = buffer.flatten(0, 1).to(mine.device)
-    return whole

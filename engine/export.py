@@ -3,8 +3,8 @@
     python -m windtunnel.engine.export CHECKPOINT OUT [--tag TAG] [--dtype bf16] [--max-file-bytes N]
 
 From a living engine all ranks take part and rank 0 writes; from a checkpoint's folder one process without ranks does.
-Rank 0 holds one file's tensors and one unit at a time. A tied parameter is written under each of its names, so that
-`load_state_dict` finds all of them.
+Rank 0 holds one file's tensors and one unit at a time, put together from shards, parts and stages. A tied parameter is
+written under each of its names, so that `load_state_dict` finds all of them.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import assembly, run_state
 from . import checkpoint_files as files
-from . import run_state
 from .agreement import DisagreementError, all_or_none
 from .checkpoint_files import CheckpointError, Manifest
 from .checkpoint_plan import BUFFERS, PARAMETERS, Stock
@@ -143,42 +145,50 @@ def export(
         CheckpointError: rank 0 could not write.
     """
     _check(dtype, max_file_bytes)
-    weights = _weights(engine, dtype)
 
-    def write(values: Values) -> list[Path]:
+    def write(weights: list[Weight], values: Values) -> list[Path]:
         written = write_weights(Path(folder), weights, values, max_file_bytes)
         config: Any = getattr(engine.module, "config", None)
         if hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
         return written
 
-    return _on_rank_0(engine, weights, write)
+    return _on_rank_0(engine, dtype, write)
 
 
 def save_16bit_model(engine: "Engine", folder: Path, name: str) -> Path:
     """One file with the weights in fp16 if the run is in fp16, else in bf16. See Engine.save_16bit_model."""
-    weights = _weights(engine, "fp16" if engine.settings.precision == "fp16" else "bf16")
 
-    def write(values: Values) -> list[Path]:
+    def write(weights: list[Weight], values: Values) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         content = {name: tensor for weight, value in values for name, tensor in weight.content(value).items()}
         return [_write_whole_tensors(folder / name, content)]
 
-    return _on_rank_0(engine, weights, write)[0]
+    return _on_rank_0(engine, "fp16" if engine.settings.precision == "fp16" else "bf16", write)[0]
 
 
-def _on_rank_0(engine: "Engine", weights: list[Weight], write: Callable[[Values], list[Path]]) -> list[Path]:
-    """Gather on all ranks, write on rank 0."""
-    values = _gathered(engine, weights)
+def _on_rank_0(engine: "Engine", dtype: str | None, write: Callable[[list[Weight], Values], list[Path]]) -> list[Path]:
+    """Gather on all ranks, write on rank 0: buffers, then the parameters in the order of the units, of all stages."""
+    host = engine.checkpoints.meet("export")
+    buffers = _buffers(engine)
+    listed = assembly.listing(engine, assembly.MASTERS)
+    weights = [
+        *(Weight((name,), tensor.numel(), _target(dtype, tensor.dtype)) for name, tensor in buffers.items()),
+        *(Weight(each.names, prod(each.shape), _target(dtype, each.dtype)) for each in listed),
+    ]
+    values = zip(
+        weights,
+        chain(buffers.values(), assembly.whole_values(engine, assembly.MASTERS, listed)),
+        strict=True,
+    )
 
     def part() -> list[Path]:
         try:
-            return write(values) if engine.communicator.rank == 0 else []
+            return write(weights, values) if engine.communicator.rank == 0 else []
         finally:
             for _ in values:  # the other ranks, and rank 0 if it failed, take part in all gathers
                 pass
 
-    host = engine.checkpoints.meet("export")
     try:
         with engine.groups.uncompressed():
             return all_or_none(host, part, "export")[0]
@@ -186,29 +196,11 @@ def _on_rank_0(engine: "Engine", weights: list[Weight], write: Callable[[Values]
         raise CheckpointError(f"full weights were not written: {error}") from error
 
 
-def _weights(engine: "Engine", dtype: str | None) -> list[Weight]:
-    """Buffers, then the parameters in the order of the units."""
-    names: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    buffers, _ = run_state.split(run_state.buffers(engine))
-    parameters = [slot.parameter for unit in engine.runtime.units for slot in unit.part.slots]
-    return [
-        *(Weight((name,), tensor.numel(), _target(dtype, tensor.dtype)) for name, tensor in buffers.items()),
-        *(Weight(tuple(names[each]), each.numel(), _target(dtype, each.dtype)) for each in parameters),
-    ]
-
-
-def _gathered(engine: "Engine", weights: list[Weight]) -> Values:
-    """The values of `_weights`, one unit in full at a time; all ranks must take part."""
-    buffers, _ = run_state.split(run_state.buffers(engine))
-    yield from zip(weights, buffers.values(), strict=False)
-    coming = iter(weights[len(buffers) :])
-    for unit in engine.runtime.units:
-        flat = unit.gathered_master()
-        for slot in unit.part.slots:
-            start, stop = unit.views[slot.parameter]
-            yield next(coming), flat[start:stop].view(slot.parameter.shape)
+def _buffers(engine: "Engine") -> dict[str, Tensor]:
+    """The persistent ones of all stages."""
+    mine, _ = run_state.split(run_state.buffers(engine))
+    stages = assembly.of_all_stages(engine, {name: value.cpu() for name, value in mine.items()}, "buffers of stages")
+    return {name: value for stage in reversed(stages) for name, value in stage.items()}
 
 
 # From a folder #

@@ -15,6 +15,9 @@ from .config import Communication, Config
 from .mesh import OF_SAMPLES
 from .roles import Role
 
+TIED = "tied"
+"""The axis of the pipeline's ranks that hold one parameter together; made where there is such a parameter."""
+
 
 @dataclass(frozen=True, slots=True)
 class Groups:
@@ -78,8 +81,7 @@ class Groups:
             same = self.expert_data
             alike = replace(self, everyone=same, together=same, shard=same, expert=None, expert_data=None)
             return alike.of(role)
-        own = (*OF_SAMPLES, "pipeline", *role.cut)
-        copies = prod(group.world for name, group in self.beside.items() if name not in own)
+        copies = prod(self.beside[name].world for name in self._sharing(role))
         partial = [self.axis(name) for name in role.partial if self.axis(name).world > 1]
         if not partial:
             return replace(self, copies=copies)
@@ -94,9 +96,13 @@ class Groups:
         """The same values on all ranks that are to have them, before training."""
         tensors = list(tensors)
         (self.everyone if "expert" not in role.cut else self.of(role).everyone).replicate(tensors)
-        for name, group in self.beside.items():
-            if name not in (*OF_SAMPLES, "pipeline", *role.cut):
-                group.replicate(tensors)
+        for name in self._sharing(role):
+            self.beside[name].replicate(tensors)
+
+    def _sharing(self, role: Role) -> list[str]:
+        """The axes beside along which what has a role is the same: not its parts, not what is tied to nothing."""
+        own = {*OF_SAMPLES, "pipeline", *role.cut, *({TIED} - {*role.partial})}
+        return [name for name in self.beside if name not in own]
 
     def holders(self, *, sharded: bool) -> int:
         """How many ranks of the run have the same reduced gradient, of a unit that is sharded over `shard` or not."""
@@ -174,6 +180,13 @@ def groups_for(communicator: Communicator, settings: Config) -> Groups:
     else:
         groups = _redundant(communicator, everyone, mesh, settings)
     return replace(groups, beside=beside, whole=communicator)
+
+
+def tying(groups: Groups, settings: Config, stages: tuple[int, ...]) -> Groups:
+    """The same with the axis TIED, which joins the ranks at these places of each pipeline; all ranks must call it."""
+    mesh = settings.parallelism.mesh(settings.redundancy.mesh(settings.sample_ranks))
+    members = tuple(tuple(pipeline[stage] for stage in stages) for pipeline in mesh.groups("pipeline"))
+    return replace(groups, beside={**groups.beside, TIED: groups.run.among(members, TIED)})
 
 
 def _redundant(communicator: Communicator, everyone: Communicator, mesh: Mesh, settings: Config) -> Groups:

@@ -51,7 +51,9 @@ class _Delivery:
             work.wait(timedelta(seconds=mail.timeout_s))
         except RuntimeError as error:
             mine, peer = mail.names[mail.group.rank()], mail.names[call.root]
-            way = f"from rank {mine} to rank {peer}" if call.entry.kind == "send" else f"from rank {peer} to rank {mine}"
+            way = (
+                f"from rank {mine} to rank {peer}" if call.entry.kind == "send" else f"from rank {peer} to rank {mine}"
+            )
             raise CommunicationError(f"{call.entry}, {call.label}, {way}: {first_line(error)}") from None
 
 

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 
+from .chunks import Chunk, chunks, whole_of
 from .loss_scale import LossScaler
 from .optim import FUSED, Lamb, check_shardable
 from .partition import Part
@@ -49,8 +50,8 @@ class Held:
 
     Attributes:
         name: of the parameter.
-        first, elements: the range, in elements of the parameter.
-        whole: elements of the parameter.
+        parameter: it, or this rank's part of it.
+        first, elements: the range, in elements of that.
         unit, start: where the range begins in the shard of its unit.
         tensor: [elements] what is stepped, a range of the unit's master (with no elements while that rests in a file);
             None if it is frozen.
@@ -58,13 +59,28 @@ class Held:
     """
 
     name: str
+    parameter: nn.Parameter
     first: int
     elements: int
-    whole: int
     unit: FlatUnit
     start: int
     tensor: Tensor | None
     group: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return whole_of(self.name, self.parameter).shape
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What the range is of the whole parameter: boxes of it; none for padding.
+
+        Raises:
+            ValueError: a parameter that is cut, and nobody said how.
+        """
+        whole = whole_of(self.name, self.parameter)
+        return chunks(whole, self.parameter.shape, self.first, self.first + self.elements)
 
 
 def layouts(pattern: torch.optim.Optimizer, parts: Sequence[Part], placement: Placement) -> dict[Part, StateLayout]:
@@ -140,7 +156,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             hyper["fused"] = True
         stepper = kind([{**hyper, "params": [tensor for _, tensor in self._pieces[unit]]}], **_arguments(kind, hyper))
         stepper.state = self.state
-        if isinstance(stepper, Lamb) and self.runtime.zero.optimizer:
+        if isinstance(stepper, Lamb) and (self.runtime.zero.optimizer or unit.part.role.whole is not None):
             stepper.complete = partial(self._whole_norms, unit)
         return stepper
 
@@ -262,7 +278,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
 
     def _whole_norms(self, unit: FlatUnit, tensors: Sequence[Tensor], squares: Tensor) -> Tensor:
-        """The squared norms [n, 2] of the parameters that `tensors`, pieces in this rank's shard, are parts of.
+        """The squared norms [n, 2] of the whole parameters that `tensors`, pieces in this rank's shard, are parts of.
 
         Args:
             squares: [n, 2] those of the pieces.
@@ -271,7 +287,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         rows = {piece.parameter: mine[id(tensor)] for piece, tensor in self._pieces[unit] if id(tensor) in mine}
         nothing = torch.zeros(2, dtype=unit.master.dtype, device=unit.master.device)
         whole = torch.stack([rows.get(parameter, nothing) for parameter in unit.parameters])
-        self.runtime.groups.shard.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
+        groups, role = self.runtime.groups, unit.part.role
+        holders = [groups.shard] if self.runtime.zero.optimizer else []
+        holders += [groups.axis(name) for name in role.cut if role.whole is not None]
+        for group in holders:
+            group.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
         numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
         return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
 
@@ -292,9 +312,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for piece in unit.pieces():
                 first = unit.bounds[0] + piece.start - unit.views[piece.parameter][0]
                 group = unit.group if unit.trainable else -1
-                whole = piece.parameter.numel()
                 length = piece.stop - piece.start
-                yield Held(names[piece.parameter], first, length, whole, unit, piece.start, kept.get(piece), group)
+                own = piece.parameter
+                yield Held(names[own], own, first, length, unit, piece.start, kept.get(piece), group)
 
     def values(self, held: Held) -> dict[str, Any]:
         """What is stepped under "parameter", and its state in the optimizer by name: living tensors, or what was read.

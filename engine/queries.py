@@ -20,8 +20,8 @@ UNSUPPORTED: dict[str, str] = {
     "set_train_batch_size": "batch sizes are fixed when the engine is made",
     "set_train_micro_batch_size": "batch sizes are fixed when the engine is made",
     "save_pretrained": "call engine.module.save_pretrained(folder, state_dict=engine.full_state_dict())",
-    "train_batch": "pipeline parallelism is not performed; call engine(batch), engine.backward and engine.step",
-    "eval_batch": "pipeline parallelism is not performed; call engine.evaluate(batches)",
+    "train_batch": "the model is not cut into stages (pipeline_size); call engine(batch), engine.backward, engine.step",
+    "eval_batch": "the model is not cut into stages (pipeline_size); call engine.evaluate(batches)",
 }
 """Methods of DeepSpeed's engine, or of a model, that an engine does not have, and what to do instead."""
 

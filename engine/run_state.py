@@ -1,7 +1,8 @@
 """What of a run is not a parameter or its moments: steps, hyper-parameters, schedules, random states, buffers.
 
 The record of the run is the same for all ranks and is saved by rank 0. The record of a rank (random states, errors that
-compression carries on, buffers that differ from rank 0's) means something to the same rank of an equal layout only.
+compression carries on, buffers that differ from those saved for all) means something to the same rank of an equal mesh
+only.
 """
 
 import io
@@ -11,10 +12,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .chunks import whole_of
 from .compressed import CompressedCommunicator
 from .device import random_states, set_random_states
+from .partition import Slot
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -38,9 +41,9 @@ def from_bytes(data: bytes) -> Any:
 
 
 def buffers(engine: "Engine") -> dict[str, Any]:
-    """What `state_dict` of the model has besides parameters: persistent buffers, and extra state of modules."""
+    """What this rank keeps of the model's `state_dict` besides parameters: persistent buffers, extra state."""
     parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in engine.module.state_dict().items() if name not in parameters}
+    return {name: value for name, value in engine.own_state().items() if name not in parameters}
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,9 +56,38 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes."""
     return {
         name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for name, tensor in tensors.items()
         if tensor.numel()
+        else 0
+        for name, tensor in tensors.items()
     }
+
+
+# Parameters by the names of the whole model #
+
+
+def slots(engine: "Engine") -> list[Slot]:
+    """The parameters that this rank has, or has parts of, in the model's own order; a stage has some of them."""
+    known = {slot.parameter: slot for unit in engine.runtime.units for slot in unit.part.slots}
+    return [known[parameter] for parameter in engine.module.parameters() if parameter in known]
+
+
+def whole_shape(slot: Slot) -> tuple[int, ...]:
+    """Of the whole parameter.
+
+    Raises:
+        ValueError: it is cut, and nobody said how.
+    """
+    whole = whole_of(slot.name, slot.parameter)
+    return whole.shape if slot.parameter.dim() else ()
+
+
+def every_name(engine: "Engine") -> dict[nn.Parameter, tuple[str, ...]]:
+    """The names of each parameter, its own first; tied ones have more."""
+    names = {slot.parameter: [slot.name] for slot in slots(engine)}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if name not in names.get(parameter, [name]):
+            names[parameter].append(name)
+    return {parameter: tuple(found) for parameter, found in names.items()}
 
 
 # The record of the run #
@@ -70,11 +102,25 @@ def group_names(engine: "Engine") -> list[list[str]]:
     return names
 
 
-def run_record(engine: "Engine", extra_state: Mapping[str, Any], client_state: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [
+def groups(engine: "Engine") -> list[dict[str, Any]]:
+    """Names and hyper-parameters of this rank's parameter groups."""
+    return [
         {"names": names, "values": {key: value for key, value in group.items() if key not in IMPLEMENTATION}}
         for names, group in zip(group_names(engine), engine.optimizer.param_groups, strict=True)
     ]
+
+
+def run_record(
+    engine: "Engine",
+    groups: list[dict[str, Any]],
+    extra_state: Mapping[str, Any],
+    client_state: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Of all ranks.
+
+    Args:
+        groups, extra_state: of all stages.
+    """
     return {
         "global_steps": engine.global_steps,
         "groups": groups,
@@ -119,14 +165,23 @@ def check_stateful(engine: "Engine", saved: Mapping[str, Any]) -> None:
 # The record of a rank #
 
 
+def mesh(engine: "Engine") -> list[Any]:
+    """What must be equal for a rank to have the place in the run that it had: the ranks by kind of parallelism.
+
+    Ranks that share samples may have to draw the same random numbers; at another place they would not.
+    """
+    return [*engine.settings.parallelism.sizes.items()]
+
+
 def layout(engine: "Engine") -> list[Any]:
-    """What must be equal for a rank's own state to mean the same."""
-    mesh = engine.settings.redundancy.mesh(engine.settings.sample_ranks)
-    return [engine.settings.zero.stage, *mesh.axes, *((unit.label, unit.elements) for unit in engine.runtime.units)]
+    """What must be equal, besides, for errors that a rank's compression carries on to mean the same."""
+    axes = engine.settings.redundancy.mesh(engine.settings.sample_ranks).axes
+    return [engine.settings.zero.stage, *axes, *((unit.label, unit.elements) for unit in engine.runtime.units)]
 
 
 def rank_record(engine: "Engine", own_buffers: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
+        "mesh": mesh(engine),
         "layout": layout(engine),
         "python": random.getstate(),
         "torch": random_states(engine.device),

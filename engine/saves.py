@@ -36,8 +36,8 @@ class Saves:
     ) -> Path:
         """Save everything that training needs to go on, whole or not at all. All ranks must call it, after a `step`.
 
-        Parameters and optimizer state are saved by parameter, so that any number of ranks and any ZeRO stage can load
-        them; see also `stateful`.
+        Parameters and optimizer state are saved by whole parameter, so that any number of ranks along any axis and any
+        ZeRO stage can load them; see also `stateful`.
 
         Args:
             save_dir: a folder that all ranks see.
@@ -76,7 +76,7 @@ class Saves:
     ) -> tuple[str | None, dict[str, Any]]:
         """Go on from a checkpoint; at the layout that saved it, with the same bits. All ranks must call it.
 
-        Random states are restored where the number of ranks is the same.
+        Random states are restored where the ranks along each axis are as many as they were.
 
         Args:
             tag: the one that `latest` names if left out.

@@ -355,9 +355,16 @@ class ZeroRuntime:
         handle.wait()
         unit.absorb()
         if self.at_boundary and not self._more_follow:
-            self._between_replicas.append(unit.reduce_between_replicas())
+            self._reduce_between_replicas(unit)
         if self.host_steps is not None:
             self.host_steps.reduced(unit)
+
+    def _absorb_all(self) -> None:
+        while self._behind:
+            self._absorb_oldest()
+
+    def _reduce_between_replicas(self, unit: FlatUnit) -> None:
+        self._between_replicas.append(unit.reduce_between_replicas())
 
     def _end_backward(self) -> None:
         """Autograd has run to its end: reduce what is left (units with unused parameters), and wait for all of it."""
@@ -365,8 +372,7 @@ class ZeroRuntime:
         for unit in self._reduce_order[self._next_to_reduce :]:
             self._reduce(unit)
         self._free_reduced_inside()
-        while self._behind:
-            self._absorb_oldest()
+        self._absorb_all()
         while self._between_replicas:
             self._between_replicas.pop(0).wait()
         for unit in self._reduce_order:

@@ -26,6 +26,7 @@ config_keys  the keys of the config as a document, from the dataclasses that rea
 choices      which algorithm is fastest at which size on a cluster: rows and a picture
 reproduce    published tables and figures made again
 redundancy   ranks that agree always, now and then, never: how far they drift, and what it costs
+pipelines    pipeline schedules beside their closed forms: bubble and activations against micro-batches
 curves       bus bandwidth of all-reduce against size: priced, published, measured here
 timing       measures them, on all ranks at once
 primitives   which operators, products and modules are measured

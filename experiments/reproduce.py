@@ -53,6 +53,9 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "redundancy": Reproduction(
         "copies that step by themselves and agree always, now and then, or never: distance, loss, bytes", "redundancy"
     ),
+    "pipeline_schedules": Reproduction(
+        "idle share of a step and activations kept, by pipeline schedule and number of micro-batches", "pipelines"
+    ),
 }
 
 

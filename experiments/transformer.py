@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.experts import ExpertLinear, MixtureOfExperts
+from ..engine.stages import Layer
 from .models import ModelSpec
 
 ROPE_BASE = 10_000.0
@@ -200,29 +201,64 @@ class Transformer(nn.Module):
         Raises:
             ValueError: longer sequences than the model has positions for.
         """
-        S = tokens_BS.shape[1]
-        if self.spec.seq < S:
-            raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
-        x_BSD = self.embedding(tokens_BS)
-        places_S = slice(S) if position_ids is None else position_ids[0]
-        if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[places_S]
-        # Cast here, once: a copy made in each block would be kept until its backward.
-        rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
-        bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
+        x_BSD = self._embed(tokens_BS, position_ids)
+        tables = self._tables(x_BSD, position_ids)
         balances: list[Tensor] = []
         for block in self.blocks:
-            x_BSD = block(x_BSD, rope_2SE, bias_1HSS)
+            x_BSD = block(x_BSD, *tables)
             if isinstance(x_BSD, tuple):
                 x_BSD, balance = x_BSD
                 balances.append(balance)
+        found = self._finish(x_BSD, targets_BS)
+        if targets_BS is None or not balances:
+            return found
+        return found + self.spec.balance * torch.stack(balances).sum()
+
+    def pipeline_layers(self) -> list[Layer]:
+        """The embeddings, each block, and the norm with logits and loss.
+
+        Raises:
+            ValueError: the model has experts, whose load-balance losses have no way to the last stage.
+        """
+        if self.spec.experts is not None:
+            raise ValueError(
+                f"model {self.spec.name!r}: experts = {self.spec.experts} in a pipeline; allowed: pipeline_size = 1, or"
+                " a model without experts"
+            )
+        blocks = [Layer(partial(self._block, n), (f"blocks.{n}",)) for n in range(len(self.blocks))]
+        return [
+            Layer(self._embed, ("embedding",) if self.positions is None else ("embedding", "positions")),
+            *blocks,
+            Layer(self._finish, ("norm", "embedding" if self.head is None else "head")),
+        ]
+
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        S = tokens_BS.shape[1]
+        if self.spec.seq < S:
+            raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
+        x_BSD: Tensor = self.embedding(tokens_BS)
+        places_S = slice(S) if position_ids is None else position_ids[0]
+        return x_BSD if self.positions is None else x_BSD + self.positions.weight[places_S]
+
+    def _tables(self, x_BSD: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """rope_2SE and bias_1HSS. Cast here, once: a copy made in each block would be kept until its backward."""
+        S = x_BSD.shape[1]
+        places_S = slice(S) if position_ids is None else position_ids[0]
+        rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
+        bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
+        return rope_2SE, bias_1HSS
+
+    def _block(self, number: int, x_BSD: Tensor) -> Tensor:
+        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD))
+        return mixed
+
+    def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         head = self.embedding if self.head is None else self.head
         logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
         if targets_BS is None:
             return logits_BSV
         wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
-        loss = functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
-        return loss + self.spec.balance * torch.stack(balances).sum() if balances else loss
+        return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
 
 
 def rope_table(seq: int, head_size: int) -> Tensor:

@@ -118,8 +118,8 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "dp_size": "nothing: it is checked",
     "mp_size": "as `windtunnel simulate --tp` says",
     "pipeline_size": "as `windtunnel simulate --pp` says",
-    "parallel": "as `windtunnel simulate` says of `--tp`, `--pp` and `--sequence-parallel`; bytes of `context` and"
-    " `expert` by collectives/context.py and collectives/experts.py",
+    "pipeline": "as `windtunnel simulate --schedule` and `--interleave` say",
+    "parallel": "as `windtunnel simulate` says of `--tp`, `--pp` and `--sequence-parallel`",
 }
 """Keys (or whole sections) whose price the table cannot show, and what is to be said instead."""
 

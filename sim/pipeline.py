@@ -7,7 +7,7 @@ the other. What is posted without waiting overlaps with computation; a send or a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import NamedTuple
 
 from simpy.events import Event, ProcessGenerator
@@ -256,14 +256,14 @@ class _Played:
         rank = self.ranks[number]
         ends = _ends_of_steps(self._plan, number)
         for position, item in enumerate(self._plan.programs[number]):
-            if not isinstance(item, Action):
+            if isinstance(item, Action):
+                start_s = self.env.now
+                seconds = rank.price.seconds(item, self._plan.micro_batches_per_step)
+                yield self.env.timeout(seconds)
+                rank.compute_s += seconds
+                rank.spans.append(ActionSpan(item, start_s, self.env.now))
+            else:
                 yield from self._communicate(number, item)
-                continue
-            start_s = self.env.now
-            seconds = rank.price.seconds(item, self._plan.micro_batches_per_step)
-            yield self.env.timeout(seconds)
-            rank.compute_s += seconds
-            rank.spans.append(ActionSpan(item, start_s, self.env.now))
             if position in ends:
                 yield self.env.timeout(rank.price.after_s)
                 rank.marks.append(_Mark(self.env.now, rank.compute_s, rank.exposed_s))
@@ -300,9 +300,11 @@ class _Played:
 
 
 def _ends_of_steps(plan: Plan, rank: int) -> set[int]:
-    """Where in a rank's program the last action of each step stands."""
+    """Where in a rank's program the steps end: at the last action, or at the message right after it that it makes."""
     last: dict[int, int] = {}
-    for position, item in enumerate(plan.programs[rank]):
+    program = plan.programs[rank]
+    for position, (item, after) in enumerate(zip_longest(program, program[1:])):
         if isinstance(item, Action):
-            last[item.micro_batch // plan.micro_batches_per_step] = position
+            sends = after is not None and any(isinstance(message, Send) for message in messages(after))
+            last[item.micro_batch // plan.micro_batches_per_step] = position + sends
     return set(last.values())

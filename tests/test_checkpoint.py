@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,14 +14,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import WorldOf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_models import Mlp, Run, regression_batch, start_engine, train_alone, train_step
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from windtunnel.engine import checkpoint_files, gloo
 from windtunnel.engine.checkpoint_files import CheckpointError, complete_tags, latest_tag
-from windtunnel.engine.checkpoint_plan import Region, RegionSavePlanner, Source, Stock
 from windtunnel.engine.engine import Engine, initialize
 from windtunnel.engine.world import World, WorldError
 
@@ -346,10 +342,10 @@ def test_the_format_is_that_of_torch(tmp_path: Path) -> None:
     """torch.distributed.checkpoint alone reads what we save."""
     engine = lone_engine()
     folder = engine.save_checkpoint(tmp_path)
-    values = torch.empty(7 * 11, dtype=torch.float64)
+    values = torch.empty(11, 7, dtype=torch.float64)
     with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
         dcp.load({"parameters/layers.0.weight": values}, checkpoint_id=folder, no_dist=True)
-    assert torch.equal(values.view(11, 7), engine.full_parameters()["layers.0.weight"])
+    assert torch.equal(values, engine.full_parameters()["layers.0.weight"])
 
 
 def save_fresh(rank: int, world: int, run: Run, folder: str) -> None:
@@ -367,51 +363,6 @@ def test_replicas_are_written_once_and_by_all(four_ranks: World, tmp_path: Path)
     # Besides values, a file has about 1 KB of frame around each of its tensors, and a rank's random state.
     assert values < sum(sizes) < 2 * values + 4 * 32_000
     assert max(sizes) < 0.6 * sum(sizes)
-
-
-# Planners: any cut is read back by any other #
-
-
-@st.composite
-def cuts(draw: st.DrawFn) -> tuple[int, list[int], tuple[int, int]]:
-    """(elements, where the ranks' ranges begin and end, the range to read)"""
-    elements = draw(st.integers(1, 60))
-    points = draw(st.lists(st.integers(0, elements), max_size=5))
-    first = draw(st.integers(0, elements - 1))
-    return elements, sorted({0, elements, *points}), (first, draw(st.integers(first + 1, elements)))
-
-
-@settings(max_examples=25)
-@given(cuts(), st.integers(1, 3))
-def test_any_range_of_any_cut(
-    tmp_path_factory: pytest.TempPathFactory, cut: tuple[int, list[int], tuple[int, int]], copies: int
-) -> None:
-    elements, points, (first, last) = cut
-    truth = torch.arange(float(elements))
-    ranges = list(pairwise(points)) * copies  # ranks, some with what others have too
-    folder = tmp_path_factory.mktemp("cut") / "it"
-    planners, writers, plans = [], [], []
-    for rank, (start, stop) in enumerate(ranges):
-        sources = {Region.range("x", start, stop - start, elements): Source(truth.dtype, truth[start:stop].clone)}
-        planner, writer = RegionSavePlanner(sources, {f"rank {rank}": bytes([rank])}), FileSystemWriter(folder)
-        planner.set_up_planner({}, is_coordinator=rank == 0)
-        writer.set_up_storage_writer(rank == 0, rank=rank)
-        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
-        planners.append(planner)
-        writers.append(writer)
-    everyones, metadata = planners[0].create_global_plan(plans)
-    everyones = writers[0].prepare_global_plan(everyones)
-    results = []
-    for planner, writer, plan in zip(planners, writers, everyones, strict=True):
-        results.append(writer.write_data(planner.finish_plan(plan), planner).value())
-    writers[0].finish(metadata, results)
-    stock, found = Stock(folder), torch.full((last - first,), torch.nan)
-    objects = stock.read({Region.range("x", first, last - first, elements): found}, ["rank 0"])
-    assert torch.equal(found, truth[first:last])
-    assert objects == {"rank 0": b"\0"}
-    assert torch.equal(stock.whole("x"), truth)
-    with pytest.raises(ValueError, match=r"x: the run has shape \(61,\), the checkpoint shape"):
-        stock.read({Region.range("x", 0, 1, 61): torch.empty(1)})
 
 
 # Refusals #

@@ -12,7 +12,7 @@ from windtunnel.collectives.experts import ExpertsSize, exchanged_bytes, exchang
 from windtunnel.engine.communicator import SoloCommunicator
 from windtunnel.engine.config import Config
 from windtunnel.engine.engine import initialize
-from windtunnel.engine.experts import ExpertLinear, MixtureOfExperts, spread_experts, whole_experts
+from windtunnel.engine.experts import ExpertLinear, MixtureOfExperts, spread_experts
 from windtunnel.engine.pilot import Plan, fly
 from windtunnel.engine.world import World
 from windtunnel.experiments.models import ModelSpec
@@ -184,7 +184,7 @@ def train(rank: int, world: int, case: Case) -> Outcome:
             engine.backward(engine(x, y))
             engine.step()
         norms.append(engine.get_global_grad_norm())
-    parameters = whole_experts(engine.module, engine.full_parameters())
+    parameters = engine.full_parameters()
     engine.close()
     return Outcome(parameters, norms)
 
@@ -317,6 +317,7 @@ def test_the_cases_drop_tokens() -> None:
     [
         ({"parallel": {"expert": 3}}, 4, r"parallel\.expert = 3 does not divide the ranks: 3 \* 1 = 3"),
         ({"parallel": {"expert": 0}}, 4, r"parallel\.expert = 0"),
+        ({"parallel": {"expert": 2, "pipeline": 2}}, 4, r"parallel\.expert = 2 and pipeline_size = 2"),
         ({"parallel": {"expert": 2, "context": 2}}, 4, r"parallel\.expert = 2 and parallel\.context = 2"),
         (
             {"parallel": {"expert": 2}, "zero_optimization": {"stage": 2, "mics_shard_size": 2}},

@@ -22,6 +22,7 @@ from windtunnel.experiments.curves import (
     published_points,
 )
 from windtunnel.experiments.fit_network import MIB
+from windtunnel.experiments.pipelines import plot_schedules, sentence, study
 from windtunnel.experiments.plots import plot_curves
 from windtunnel.experiments.reproduce import REPRODUCTIONS, listing, reproduce, to_dict
 
@@ -99,3 +100,13 @@ def test_larger_buckets_save_more_latency() -> None:
     gains = [priced_gain(bucket_bytes) for bucket_bytes in BUCKETS_BYTES]
     assert gains == sorted(gains)
     assert gains[0] > 1
+
+
+def test_simulated_schedules_lie_on_their_closed_forms(tmp_path: Path) -> None:
+    rows = study(ranks=4, micro_batches=(4, 16))
+    assert len(rows) == 8 * 2
+    for row in rows:
+        if row.closed_form is not None:
+            assert row.bubble == pytest.approx(row.closed_form, abs=1e-12)
+    assert "15.79% gpipe (16 kept), 15.79% 1f1b (4 kept)" in sentence(rows, 16)
+    assert plot_schedules(rows, tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")

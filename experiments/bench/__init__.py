@@ -4,5 +4,6 @@ collectives     our programs over sockets and shared memory against Gloo's own c
 distance        how far ZeRO and DDP stray from one process
 offload         a step with state on the host and in files against one without; the drive against dd
 fsdp            FSDP2 and DDP, a whole step: on our backend, on Gloo, and without communication
+pipeline        1F1B on two ranks: our engine and torch.distributed.pipelining, a whole step
 kills           kills at random moments of training and saving: nothing lost, and the losses of an uninterrupted run
 """
