@@ -170,7 +170,7 @@ class Communicator(ABC):
         return self.post(calls)
 
     def shift(self, outgoing: Tensor, incoming: Tensor, label: str) -> list[Handle]:
-        """`outgoing` [n] goes to the next rank of the group, and the one before fills `incoming` [n]; all ranks at once.
+        """`outgoing` [n] goes to the next rank of the group, the one before fills `incoming` [n]; all ranks at once.
 
         Both are contiguous, and are left alone until the waits.
         """
