@@ -2,6 +2,7 @@
 
 program     Send, Recv, Reduce; a step posts together, a program is one rank's steps; how a buffer is cut in chunks
 ring        rings, one way and both ways, and pipelined chains as programs
+shift       every rank hands a buffer to the next one
 halving     recursive halving and doubling, for any number of ranks
 tree        binomial trees; two binary trees at once, pipelined
 exchange    all-to-all by pairwise exchange; everyone to everyone in one step
@@ -18,6 +19,8 @@ choice      the fastest algorithm by network and size; where it changes
 partition_stages  which layers make which stage: the largest part as small as can be
 pipeline_acknowledge  when a sent message has surely arrived, told from the plan
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
+context     what attention sends over ranks that share each sequence
+experts     how many tokens an expert takes; what the exchange of tokens sends
 recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
 pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where
 pipeline_schedules  GPipe, 1F1B, interleaved, zero-bubble and others: their orders, promises, closed forms

@@ -69,7 +69,7 @@ class Collective:
     """Start of a collective on the stream of its axis; it begins when the compute issued before it has ended.
 
     Attributes:
-        kind: "all_reduce", "reduce_scatter" or "all_gather".
+        kind: as in algorithms.py, or "shift" (shift.py), whose elements are those that a rank sends.
         axis: the mesh axis whose group takes part, e.g. "data"; or neighbouring ones, as "shard*replica".
         elements: of the whole buffer (the gathered one, the unreduced one).
         dtype: as in Kernel.

@@ -30,6 +30,10 @@ partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them
 zero            when a unit is gathered, reduced and freed (ZeRO 0 to 3)
 local_updates   ranks that step by themselves and agree now and then
+context         ranks that share each sequence: tokens cut, attention across ranks, Ulysses
+blockwise       attention over other ranks' keys, block by block: ring, all-gather
+sim_attention   blocks of attention on `sim`
+experts         mixture of experts: the layer, and ranks that have different experts
 recompute       activations are computed again in backward instead of being kept
 keeping         which results of a block are kept all the same; describes a block
 shelf           where a block's saved inputs rest: in place, in one buffer, on the host, in parts

@@ -169,6 +169,14 @@ class Communicator(ABC):
         self.ledger.update(call.entry for call in calls)
         return self.post(calls)
 
+    def shift(self, outgoing: Tensor, incoming: Tensor, label: str) -> list[Handle]:
+        """`outgoing` [n] goes to the next rank of the group, the one before fills `incoming` [n]; all ranks at once.
+
+        Both are contiguous, and are left alone until the waits.
+        """
+        following, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        return self.exchange([Letter("send", outgoing, following, label), Letter("recv", incoming, before, label)])
+
     def _letter_entry(self, letter: "Letter") -> Entry:
         buffer = letter.buffer
         dtype = DTYPE_NAMES.get(buffer.dtype, str(buffer.dtype))

@@ -435,13 +435,15 @@ def _redundancy(keys: Json, ranks: int, world: int, where: str) -> Redundancy:
             " would round them; allowed: outer = 'nesterov', or no compression"
         )
     try:
-        redundancy = resolve(zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks)
+        redundancy = resolve(
+            zero.mics_shard_size, zero.zero_hpz_partition_size, local, zero.stage, ranks, experts=keys.parallel.expert
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if zero.placement().moves and redundancy != Redundancy():
         raise ValueError(
             f"{where}: zero_optimization.offload_optimizer and offload_param do not go with mics_shard_size,"
-            " zero_hpz_partition_size or local_updates; allowed: one or the other"
+            " zero_hpz_partition_size, local_updates or parallel.expert; allowed: one or the other"
         )
     return redundancy
 

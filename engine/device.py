@@ -4,6 +4,7 @@ import ctypes
 import os
 import weakref
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..collectives.trace import Copy
+from ..kernels import attention
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
 from .gloo import GlooCommunicator
 from .observer import Observer
@@ -98,6 +100,15 @@ def communicator_for(device: torch.device, timeout_s: float, *, shared_memory: b
     if device.type == "cuda":
         return NativeCommunicator("data", group, timeout_s)
     return GlooCommunicator("data", group, _get_default_store(), timeout_s, shared_memory=shared_memory)
+
+
+def attention_kernels(device: torch.device) -> ModuleType:
+    """What has `block` and `block_backward` of kernels/attention.py for a device."""
+    if device.type == "sim":
+        from . import sim_attention
+
+        return sim_attention
+    return attention
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from .assembly import full_parameters, full_state_dict
 from .communicator import Communicator
 from .config import Config, OptimizerSection
+from .context import ContextParallel
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
+from .experts import spread_experts
 from .flat import flat_units, narrow_buffers
 from .gathered import remember
 from .groups import Groups, groups_for
@@ -176,6 +178,7 @@ class Engine(Queries, Saves, nn.Module):
         local_updates: lets ranks step by themselves; None where they step together.
         communicator: all ranks.
         recompute: what its blocks compute again in backward; None for nothing.
+        context: what the ranks do that share each sequence; None where each has its own.
     """
 
     def __init__(
@@ -196,7 +199,13 @@ class Engine(Queries, Saves, nn.Module):
         self.criterion: Criterion | None = None
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
-        self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
+        self.monitor: Monitor | None = monitor_for(
+            settings.monitoring, communicator, model_device(model), groups.same_samples
+        )
+        if settings.redundancy.expert_ranks > 1:
+            with communicator.observer.category("parameters"):
+                spread_experts(model, groups.axis("expert"))
+        self.context: ContextParallel | None = None
         self.tiers: Tiers | None = None
         self._device_mesh: DeviceMesh | None = None
         if settings.placement.moves:
@@ -225,6 +234,11 @@ class Engine(Queries, Saves, nn.Module):
         narrow_buffers(model, settings, self.groups)
         runtime = ZeroRuntime(model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         runtime.before_backward = self._check_loss
+        if self.groups.axis("context").world > 1:
+            shape = settings.parallelism
+            context = ContextParallel(self.groups.axis("context"), shape.context_attention, shape.context_placement)
+            context.install(model, blocks)
+            self.context = context
         self.recompute = recompute_blocks(
             model,
             blocks,
@@ -246,6 +260,8 @@ class Engine(Queries, Saves, nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if self.monitor is not None:
             self.monitor.saw((arguments, keywords))
+        if self.context is not None:
+            arguments, keywords = self.context.cut(arguments, keywords)
         with self._timed("forward"), self._autocast():
             return self.module(*arguments, **keywords)
 

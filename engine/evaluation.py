@@ -1,9 +1,9 @@
 """Evaluation: the mean loss over a whole set that the ranks share, as one process would find it.
 
 [Note: ranks that run out]
-Where parameters are sharded, a forward is also a row of gathers in which all ranks must take part. So before each batch
-the ranks tell each other who has one; a rank without one runs its last batch again and counts nothing. A rank that
-never had one gets the first batch of another rank to do so with. Where parameters are whole, ranks run alone.
+Where parameters are sharded or experts spread, a forward is also a row of collectives of all ranks. So before each
+batch the ranks tell each other who has one; a rank without one runs its last batch again and counts nothing. A rank
+that never had one gets the first batch of another rank to do so with. Elsewhere ranks run alone.
 """
 
 import io
@@ -74,7 +74,7 @@ def evaluate(engine: "Engine", batches: Iterable[Any], *, weight: Weight | None 
                 much = torch.as_tensor(weigh(placed, output), dtype=torch.float64, device=device)
                 totals += _counted(loss_of(output), much)
     engine.communicator.all_reduce(totals, "evaluation", scalar=True).wait()
-    loss, weighed, count = totals.tolist()
+    loss, weighed, count = (totals / engine.groups.same_samples).tolist()
     if not count:
         raise ValueError("evaluate: no rank has a batch; allowed: at least one batch on one rank")
     return Evaluation(loss=loss / weighed if weighed else math.nan, weight=weighed, batches=int(count))
@@ -107,9 +107,10 @@ def _default_weight(batch: Any, output: Any) -> Tensor | float:
 
 
 def _in_step(engine: "Engine", batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """(batch, whether it counts), as often on every rank where parameters are sharded: [Note: ranks that run out]."""
+    """(batch, whether it counts), as often on every rank where forward needs all: [Note: ranks that run out]."""
     communicator = engine.communicator
-    if communicator.world == 1 or not engine.runtime.zero.parameters:
+    together = engine.runtime.zero.parameters or engine.groups.axis("expert").world > 1
+    if communicator.world == 1 or not together:
         yield from ((batch, True) for batch in batches)
         return
     nothing = object()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..collectives.groups import Mesh
+from ..collectives.shift import KIND as SHIFT
 from ..collectives.trace import Collective, Trace
-from .communicator import Call, Communicator, Handle
+from .communicator import DTYPE_NAMES, Call, Communicator, Handle
 from .engine import initialize
 from .partition import repeated_blocks
 from .pilot import Plan
@@ -46,6 +47,11 @@ class SimCommunicator(Communicator):
         algorithm = None if entry.algorithm == "native" else entry.algorithm
         op = Collective(entry.kind, entry.axis, entry.elements, entry.dtype, algorithm, what, entry.scalar)
         return _SimHandle(self.recorder, self.recorder.collective(op))
+
+    def shift(self, outgoing: Tensor, incoming: Tensor, label: str) -> list[Handle]:
+        what, dtype = label.partition(" of ")[0], DTYPE_NAMES[outgoing.dtype]
+        op = Collective(SHIFT, self.axis, outgoing.numel(), dtype, None, what)
+        return [_SimHandle(self.recorder, self.recorder.collective(op))]
 
     def replicate(self, tensors: Iterable[Tensor]) -> None:
         """Happens before training, which is not priced."""

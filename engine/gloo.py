@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..collectives.algorithms import KINDS, algorithm, names
 from ..collectives.choice import Selection, select
@@ -307,7 +308,8 @@ class _GlooHandle:
     def wait(self) -> None:
         play = self.play
         if not play.over:
-            self.communicator.play_until(play)
+            with _disable_current_modes():  # who watches a block's operators (recompute) must not see a transport's
+                self.communicator.play_until(play)
         limit_s = self.communicator.timeout_s + 2 * ANSWER_S
         # A queue of earlier collectives may each take their time: only an idle thread means a hang.
         if not play.wait(limit_s):

@@ -34,6 +34,8 @@ class Groups:
         whole: all ranks of the run; None where they are `everyone`.
         copies: how many ranks along the axes beside have the same reduced gradients of the units that use these groups.
         sums_beside: whether `replica` is such an axis, along which gradients are summed too.
+        expert: data-parallel ranks that have different experts; `expert_data` those that have the same ones: what is
+            shared and summed of these. None where all have all.
     """
 
     everyone: Communicator
@@ -46,11 +48,18 @@ class Groups:
     whole: Communicator | None = None
     copies: int = 1
     sums_beside: bool = False
+    expert: Communicator | None = None
+    expert_data: Communicator | None = None
 
     @property
     def run(self) -> Communicator:
         """All ranks of the run: what a step is decided by."""
         return self.everyone if self.whole is None else self.whole
+
+    @property
+    def same_samples(self) -> int:
+        """How many ranks are given the same samples: those that share a model, or a sequence."""
+        return self.run.world // self.axis("data").world
 
     def axis(self, name: str) -> Communicator:
         """The ranks along an axis of the mesh; a group of one where it has no others. Those of "data" have samples of
@@ -58,6 +67,8 @@ class Groups:
         """
         if name in self.beside:
             return self.beside[name]
+        if name == "expert" and self.expert is not None:
+            return self.expert
         return self.everyone if name == "data" else _alone(self.everyone, name)
 
     def of(self, role: Role) -> "Groups":
@@ -66,6 +77,10 @@ class Groups:
         Raises:
             ValueError: gradients that would have to be summed over replicas as well as along another axis.
         """
+        if "expert" in role.cut and self.expert_data is not None:
+            same = self.expert_data
+            alike = replace(self, everyone=same, together=same, shard=same, expert=None, expert_data=None)
+            return alike.of(role)
         copies = prod(self.beside[name].world for name in self._sharing(role))
         partial = [self.axis(name) for name in role.partial if self.axis(name).world > 1]
         if not partial:
@@ -80,7 +95,7 @@ class Groups:
     def replicate(self, tensors: Iterable[Tensor], role: Role) -> None:
         """The same values on all ranks that are to have them, before training."""
         tensors = list(tensors)
-        self.everyone.replicate(tensors)
+        (self.everyone if "expert" not in role.cut else self.of(role).everyone).replicate(tensors)
         for name in self._sharing(role):
             self.beside[name].replicate(tensors)
 
@@ -109,11 +124,13 @@ class Groups:
     def each(self) -> tuple[Communicator, ...]:
         """The communicators, each once."""
         kept = (self.everyone, self.together, self.shard, self.replica, self.secondary, *self.others)
+        kept += tuple(group for group in (self.expert, self.expert_data) if group is not None)
         return tuple(dict.fromkeys((*kept, *self.beside.values(), self.run)))
 
     def overflow(self) -> Tensor | None:
         """Whether a collective of gradients made inf or nan of what it sent: a flag on the device [], of this rank."""
-        flags = [group.overflow() for group in dict.fromkeys((self.together, self.shard, self.replica))]
+        reducing = (self.together, self.shard, self.replica, *([self.expert_data] if self.expert_data else []))
+        flags = [group.overflow() for group in dict.fromkeys(reducing)]
         known = [flag for flag in flags if flag is not None]
         return torch.stack(known).any() if known else None
 
@@ -180,6 +197,9 @@ def _redundant(communicator: Communicator, everyone: Communicator, mesh: Mesh, s
     """
     (inner, _), (outer, _) = settings.redundancy.mesh(settings.sample_ranks).axes
     near, far = (_along(communicator, mesh, axis, settings.communication) for axis in (inner, outer))
+    if settings.redundancy.expert_ranks > 1:
+        groups = Groups.only(compressed(everyone, settings.compression, settings.seed))
+        return replace(groups, expert=near, expert_data=compressed(far, settings.compression, settings.seed))
     if settings.redundancy.secondary_ranks > 1:
         # What was gathered for forward has been rounded already; what backward gathers of it goes as it is.
         whole = compressed(everyone, settings.compression, settings.seed, NodeGrid(near, far))

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 from ..collectives.groups import Mesh
 from ..reading import STRICT
 
 ORDER = ("tensor", "context", "data", "pipeline")
 """The axes, innermost first: ranks that talk most are neighbours (Narayanan et al. 2021, section 3.2)."""
+
+ContextPlacement = Literal["zigzag", "contiguous"]
+ContextAttention = Literal["ulysses", "ring", "all_gather"]
 
 OF_SAMPLES = ("context", "data")
 """Axes along which ranks compute on different tokens with the same parameters: their gradients are averaged."""
@@ -20,7 +24,12 @@ class ParallelSection:
     Attributes:
         tensor: ranks that share each layer, as `mp_size`.
         context: ranks that share each sequence.
+        context_attention: how these attend to each other's tokens: by an exchange of heads, by keys and values that
+            travel from rank to rank, or by all of them at once.
+        context_placement: which tokens a rank has where keys and values come to it: a piece from the front and one
+            from the back, so that causal attention is as much work for all, or neighbouring ones.
         pipeline: ranks that have different layers, as `pipeline_size`.
+        expert: data-parallel ranks, neighbours, that have different experts of each mixture; 1: all have all.
         order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
         sequence_parallel: what tensor-parallel layers pass to each other is cut along the sequence, where it would
             else be on all of them (Korthikanti et al. 2022).
@@ -29,7 +38,10 @@ class ParallelSection:
     __pydantic_config__ = STRICT
     tensor: int = 1
     context: int = 1
+    context_attention: ContextAttention = "ulysses"
+    context_placement: ContextPlacement = "zigzag"
     pipeline: int = 1
+    expert: int = 1
     order: tuple[str, ...] = ORDER
     sequence_parallel: bool = False
 
@@ -47,6 +59,8 @@ class Parallelism:
     data: int | None = None
     tensor: int = 1
     context: int = 1
+    context_attention: ContextAttention = "ulysses"
+    context_placement: ContextPlacement = "zigzag"
     pipeline: int = 1
     order: tuple[str, ...] = field(default=ORDER)
     sequence_parallel: bool = False
@@ -66,6 +80,17 @@ class Parallelism:
             if 1 not in (ours, given) and ours != given:
                 raise ValueError(f"{where}: {key} = {given} and parallel.{name} = {ours}; allowed: one of them")
             sizes[name] = given if ours == 1 else ours
+        if section.expert > 1 and section.context > 1:
+            raise ValueError(
+                f"{where}: parallel.expert = {section.expert} and parallel.context = {section.context}; allowed: one of"
+                " them, because experts are spread over ranks with samples of their own"
+            )
+        for name in ("expert", "context"):
+            if getattr(section, name) > 1 and sizes["pipeline"] > 1:
+                raise ValueError(
+                    f"{where}: parallel.{name} = {getattr(section, name)} and pipeline_size = {sizes['pipeline']};"
+                    " allowed: one of them"
+                )
         stated = {"dp_size": dp_size, "mp_size": sizes["tensor"], "pipeline_size": sizes["pipeline"]}
         for key, size in (stated | {"parallel.context": section.context}).items():
             if size is not None and size < 1:
@@ -73,6 +98,8 @@ class Parallelism:
         return cls(
             data=dp_size,
             context=section.context,
+            context_attention=section.context_attention,
+            context_placement=section.context_placement,
             order=section.order,
             sequence_parallel=section.sequence_parallel,
             **sizes,
@@ -101,6 +128,8 @@ class Parallelism:
             data=sizes["dp_size"],
             tensor=self.tensor,
             context=self.context,
+            context_attention=self.context_attention,
+            context_placement=self.context_placement,
             pipeline=self.pipeline,
             order=self.order,
             sequence_parallel=self.sequence_parallel,

@@ -24,11 +24,14 @@ class Monitor:
         writers: on rank 0, those that the config enabled; add your own (`log(step, values)`, `close()`).
     """
 
-    def __init__(self, wishes: Monitoring, communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self, wishes: Monitoring, communicator: Communicator, device: torch.device, same_samples: int = 1
+    ) -> None:
         for section in wishes.sections:
             if section.package is not None:  # on every rank, so that none waits for one that has failed
                 require(section.package)
         self.wishes, self.communicator, self.device = wishes, communicator, device
+        self.same_samples = same_samples  # ranks that are given the same ones
         self.writers: list[Writer] = [section.writer() for section in wishes.sections] if communicator.rank == 0 else []
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._losses = self._samples = self._tokens = 0
@@ -81,7 +84,7 @@ class Monitor:
         totals[0] = self._loss
         totals[1:] = torch.tensor([self._losses, self._samples, self._tokens])
         self.communicator.all_reduce(totals, "metrics", scalar=True).wait()
-        loss, losses, samples, tokens = totals.tolist()
+        loss, losses, samples, tokens = (totals / self.same_samples).tolist()
         assert self._since_s is not None
         passed_s = time.perf_counter() - self._since_s
         values = {
@@ -109,10 +112,12 @@ class Monitor:
             writer.close()
 
 
-def monitor_for(wishes: Monitoring, communicator: Communicator, device: torch.device) -> Monitor | None:
+def monitor_for(
+    wishes: Monitoring, communicator: Communicator, device: torch.device, same_samples: int = 1
+) -> Monitor | None:
     """A monitor, if the config asks for one; a flight has no values to tell.
 
     Raises:
         ValueError: a writer's package is not installed.
     """
-    return Monitor(wishes, communicator, device) if wishes.active and device.type != "sim" else None
+    return Monitor(wishes, communicator, device, same_samples) if wishes.active and device.type != "sim" else None

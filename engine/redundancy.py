@@ -62,11 +62,13 @@ class Redundancy:
             all ranks.
         secondary_ranks: so many consecutive ranks hold all parameters in second shards; 1: there are none.
         local: how ranks agree that step by themselves; None: they step together.
+        expert_ranks: so many consecutive ranks have different experts (engine/experts.py); all else is kept as ever.
     """
 
     shard_ranks: int | None = None
     secondary_ranks: int = 1
     local: LocalUpdates | None = None
+    expert_ranks: int = 1
 
     def mesh(self, ranks: int) -> Mesh:
         """The axes of the data-parallel ranks: "data", or those of the groups, innermost first."""
@@ -74,6 +76,8 @@ class Redundancy:
             return Mesh.of({"shard": self.shard_ranks, "replica": ranks // self.shard_ranks})
         if self.secondary_ranks > 1:
             return Mesh.of({"inside": self.secondary_ranks, "across": ranks // self.secondary_ranks})
+        if self.expert_ranks > 1:
+            return Mesh.of({"expert": self.expert_ranks, "expert_data": ranks // self.expert_ranks})
         return Mesh.of({"data": ranks})
 
 
@@ -81,19 +85,25 @@ OFF = -1
 """DeepSpeed's `mics_shard_size` where there is none."""
 
 
-def resolve(mics_shard_size: int, hpz_size: int, local: LocalUpdates | None, stage: int, ranks: int) -> Redundancy:
+def resolve(
+    mics_shard_size: int, hpz_size: int, local: LocalUpdates | None, stage: int, ranks: int, *, experts: int = 1
+) -> Redundancy:
     """The choices of a config, checked against each other.
 
     Raises:
         ValueError: a size that does not divide the ranks, or a choice that does not go with the stage or another one.
     """
-    problem = next(_problems(mics_shard_size, hpz_size, local, stage, ranks), None)
+    redundant = mics_shard_size != OFF or hpz_size != 1 or local is not None
+    problem = next(_problems(mics_shard_size, hpz_size, local, stage, ranks), None) or next(
+        _problems_of_experts(experts, ranks, redundant=redundant), None
+    )
     if problem is not None:
         raise ValueError(problem)
     return Redundancy(
         shard_ranks=None if mics_shard_size == OFF else mics_shard_size,
         secondary_ranks=hpz_size,
         local=local,
+        expert_ranks=experts,
     )
 
 
@@ -122,6 +132,16 @@ def _problems(mics: int, hpz: int, local: LocalUpdates | None, stage: int, ranks
             f"local_updates with zero_optimization.stage = {stage}: a shard is stepped for all ranks by one of them,"
             " but ranks that step on gradients of their own have nothing in common to shard; allowed: stage 0"
         )
+
+
+def _problems_of_experts(experts: int, ranks: int, *, redundant: bool) -> Iterator[str]:
+    if experts != 1:
+        yield from _uneven("parallel.expert", experts, ranks, ", where 1 means that all have all experts")
+        if redundant:
+            yield (
+                f"parallel.expert = {experts} with zero_optimization.mics_shard_size, zero_hpz_partition_size or"
+                " local_updates, which keep copies that ranks with different experts do not have; allowed: one of them"
+            )
 
 
 def _uneven(name: str, size: int, ranks: int, besides: str) -> Iterator[str]:

@@ -55,8 +55,8 @@ def list_models(name: str | None) -> Listing:
     """
     names = [name] if name else model_names()
     specs = [load_model(each) for each in names]
-    dense = [{**asdict(spec), "parameters": spec.parameters if spec.experts is None else None} for spec in specs]
-    return Listing({"models": dense}, name)
+    counted = [{**asdict(spec), "parameters": spec.parameters} for spec in specs]
+    return Listing({"models": counted}, name)
 
 
 def list_hardware(name: str | None) -> Listing:

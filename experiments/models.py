@@ -1,8 +1,8 @@
 """A transformer as numbers: the catalogue, model files, parameter and flop counts. No torch here.
 
 `load_model("gpt2")` reads the catalogue beside this file, `load_model("mine.toml")` a file with the same keys:
-`layers hidden heads kv_heads ffn vocab seq mlp norm positions attention tied bias`, optionally `experts top_k`, and
-`base = "NAME"` to take what is not given from a model of the catalogue.
+`layers hidden heads kv_heads ffn vocab seq mlp norm positions attention tied bias`, optionally `experts top_k
+capacity_factor balance`, and `base = "NAME"` to take what is not given from a model of the catalogue.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "experts", "top_k")
 FLAGS = ("tied", "bias")
-OPTIONAL = frozenset({"kv_heads", "ffn", "experts", "top_k"})
+NUMBERS = {"capacity_factor": "> 0", "balance": ">= 0"}
+OPTIONAL = frozenset({"kv_heads", "ffn", "experts", "top_k", "capacity_factor", "balance"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,10 @@ class ModelSpec:
         attention: "causal" or "full".
         tied: the logits use the token embedding.
         bias: each linear layer of a block and each layernorm has a bias; the logits never have one.
-        experts: feed-forward experts in each block; read from files, refused by whoever would build the model.
+        experts: feed-forward experts in each block; None for one that all tokens visit.
         top_k: experts that each token visits.
+        capacity_factor: room of an expert, in shares of what it gets where all are chosen alike (kernels/gating.py).
+        balance: what the load-balance loss of each block counts in the loss; default that of Fedus et al. 2022.
         source: where the numbers come from.
 
     Raises:
@@ -69,6 +72,8 @@ class ModelSpec:
     bias: bool
     experts: int | None = None
     top_k: int | None = None
+    capacity_factor: float = 1.25
+    balance: float = 0.01
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -78,6 +83,15 @@ class ModelSpec:
         for field, value in (("kv_heads", self.heads), ("ffn", 4 * self.hidden)):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
+        for field, least in NUMBERS.items():
+            value = getattr(self, field)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or value < 0
+                or (value == 0 and "=" not in least)
+            ):
+                raise ValueError(f"{self._naming(field)} must be a number {least}")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{self._naming(field)} must be one of {', '.join(map(repr, allowed))}")
@@ -122,13 +136,11 @@ class ModelSpec:
 
         For a GPT with 4 h wide feed-forward layers it is 12 l h^2 (1 + 13 / (12 h) + (V + s) / (12 l h)) of Narayanan
         et al. 2021 (SC '21, equation 2), plus 2 h for the last norm, which they leave out.
-
-        Raises:
-            ValueError: the model has experts.
         """
         norm = self.hidden * (2 if self.norm == "layernorm" and self.bias else 1)
-        biases = (self._qkv_width + self.hidden) + (self._ffn_matrices - 1) * self.ffn + self.hidden
-        block = self._block_matrix_elements + 2 * norm + (biases if self.bias else 0)
+        experts = self.experts or 1
+        biases = (self._qkv_width + self.hidden) + experts * ((self._ffn_matrices - 1) * self.ffn + self.hidden)
+        block = self._block_matrix_elements(experts) + 2 * norm + (biases if self.bias else 0)
         positions = self.seq * self.hidden if self.positions == "learned" else 0
         tables = self.vocab * self.hidden * (1 if self.tied else 2) + positions
         return self.layers * block + norm + tables
@@ -138,12 +150,10 @@ class ModelSpec:
         """Forward flops of a token in the linear layers and the logits, attention scores left out.
 
         2 m n k for a matrix product of (m, k) by (k, n), hence two per matrix element and token (Kaplan et al. 2020,
-        section 2.1, where it is 2 N).
-
-        Raises:
-            ValueError: the model has experts.
+        section 2.1, where it is 2 N). Of experts those that a token visits are counted, without the room that others
+        leave.
         """
-        return 2 * (self.layers * self._block_matrix_elements + self.hidden * self.vocab)
+        return 2 * (self.layers * self._block_matrix_elements(self.top_k or 1) + self.hidden * self.vocab)
 
     def forward_flops(self, batch: int, seq: int) -> int:
         """Flops of a forward pass over `batch` sequences of `seq` tokens: matrix products only, logits included.
@@ -151,20 +161,9 @@ class ModelSpec:
         Causal attention is counted in full: 2 B s^2 h each for the scores and for the weighted sum. For a GPT this is
         24 B s l h^2 (1 + s / (6 h)) + 2 B s h V (Narayanan et al. 2021, SC '21, appendix "Floating-point operations").
         The backward pass is twice as much.
-
-        Raises:
-            ValueError: the model has experts.
         """
         attention = 4 * seq * self.hidden * self.layers
         return batch * seq * (self.matmul_flops_per_token + attention)
-
-    def require_dense(self) -> None:
-        """Raises ValueError for a model with experts, which cannot be built or counted yet."""
-        if self.experts is not None:
-            raise ValueError(
-                f"{self._naming('experts')} is not supported yet: only dense models can be built;"
-                " leave out experts and top_k"
-            )
 
     @property
     def _qkv_width(self) -> int:
@@ -174,10 +173,10 @@ class ModelSpec:
     def _ffn_matrices(self) -> int:
         return 3 if self.mlp == "swiglu" else 2
 
-    @property
-    def _block_matrix_elements(self) -> int:
-        self.require_dense()
-        return self.hidden * (self._qkv_width + self.hidden + self._ffn_matrices * self.ffn)
+    def _block_matrix_elements(self, experts: int) -> int:
+        """Of a block with so many experts counted, and its gate if it has one."""
+        gate = self.experts or 0
+        return self.hidden * (self._qkv_width + self.hidden + experts * self._ffn_matrices * self.ffn + gate)
 
 
 KEYS = tuple(field.name for field in fields(ModelSpec))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..engine.experts import ExpertLinear, MixtureOfExperts
 from ..engine.stages import Layer
 from .models import ModelSpec
 
@@ -27,11 +28,29 @@ INITIAL_STD = 0.02
 """Radford et al. 2018, section 4.1."""
 
 
+RESIDUAL = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down.weight")
+"""Names of projections back into the residual stream."""
+
+
 class Linear(nn.Linear):
     """nn.Linear, left empty: see [Note: built without random numbers]."""
 
     def reset_parameters(self) -> None:
         pass
+
+
+class EmptyExpertLinear(ExpertLinear):
+    """ExpertLinear, left empty: see [Note: built without random numbers]."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def linear_of(spec: ModelSpec) -> Callable[[int, int], nn.Module]:
+    """What makes the layers of an MLP from their widths: for one of them, or for all experts at once."""
+    if spec.experts is None:
+        return partial(Linear, bias=spec.bias)
+    return partial(EmptyExpertLinear, spec.experts, bias=spec.bias)
 
 
 class Embedding(nn.Embedding):
@@ -81,8 +100,9 @@ class Attention(nn.Module):
 class GeluMlp(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        linear = linear_of(spec)
+        self.up = linear(spec.hidden, spec.ffn)
+        self.down = linear(spec.ffn, spec.hidden)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(functional.gelu(self.up(x_BSD), approximate="tanh"))
@@ -93,9 +113,10 @@ class SwigluMlp(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.up = Linear(spec.hidden, spec.ffn, bias=spec.bias)
-        self.down = Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        linear = linear_of(spec)
+        self.gate = linear(spec.hidden, spec.ffn)
+        self.up = linear(spec.hidden, spec.ffn)
+        self.down = linear(spec.ffn, spec.hidden)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
@@ -116,14 +137,36 @@ class Block(nn.Module):
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
+class ExpertBlock(nn.Module):
+    """A Block whose tokens visit some of several MLPs; it returns the load-balance loss as well."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        assert spec.top_k is not None
+        self.attention_norm = make_norm(spec)
+        self.attention = Attention(spec)
+        self.mlp_norm = make_norm(spec)
+        self.mlp = MixtureOfExperts(
+            Linear(spec.hidden, spec.experts, bias=False),
+            SwigluMlp(spec) if spec.mlp == "swiglu" else GeluMlp(spec),
+            top_k=spec.top_k,
+            capacity_factor=spec.capacity_factor,
+        )
+
+    def forward(
+        self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS)
+        mixed_BSD, balance = self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + mixed_BSD, balance
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, norm, logits, and the loss if it is given targets.
 
     Args:
         spec: the sizes and variants.
-
-    Raises:
-        ValueError: a spec with experts.
     """
 
     rope: Tensor | None
@@ -131,11 +174,11 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        spec.require_dense()
         self.spec = spec
         self.embedding = Embedding(spec.vocab, spec.hidden)
         self.positions = Embedding(spec.seq, spec.hidden) if spec.positions == "learned" else None
-        self.blocks = nn.ModuleList([Block(spec) for _ in range(spec.layers)])
+        block = Block if spec.experts is None else ExpertBlock
+        self.blocks = nn.ModuleList([block(spec) for _ in range(spec.layers)])
         self.norm = make_norm(spec)
         self.head = None if spec.tied else Linear(spec.hidden, spec.vocab, bias=False)
         rope = rope_table(spec.seq, spec.head_size) if spec.positions == "rope" else None
@@ -144,20 +187,44 @@ class Transformer(nn.Module):
             kept = None if table is None else table.to(self.embedding.weight.dtype)
             self.register_buffer(name, kept, persistent=False)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Mean cross-entropy over all positions in fp32 (a scalar) with targets, else the logits BSV.
+
+        Where there are experts, the loss has `spec.balance` times the sum of the blocks' load-balance losses in it.
+
+        Args:
+            tokens_BS: int64; targets_BS: likewise, the tokens that follow them.
+            position_ids: int64 [1, S], where the tokens stand in their sequence, if not at its beginning.
 
         Raises:
             ValueError: longer sequences than the model has positions for.
         """
-        x_BSD = self._embed(tokens_BS)
-        tables = self._tables(x_BSD)
+        x_BSD = self._embed(tokens_BS, position_ids)
+        tables = self._tables(x_BSD, position_ids)
+        balances: list[Tensor] = []
         for block in self.blocks:
             x_BSD = block(x_BSD, *tables)
-        return self._finish(x_BSD, targets_BS)
+            if isinstance(x_BSD, tuple):
+                x_BSD, balance = x_BSD
+                balances.append(balance)
+        found = self._finish(x_BSD, targets_BS)
+        if targets_BS is None or not balances:
+            return found
+        return found + self.spec.balance * torch.stack(balances).sum()
 
     def pipeline_layers(self) -> list[Layer]:
-        """The embeddings, each block, and the norm with logits and loss."""
+        """The embeddings, each block, and the norm with logits and loss.
+
+        Raises:
+            ValueError: the model has experts, whose load-balance losses have no way to the last stage.
+        """
+        if self.spec.experts is not None:
+            raise ValueError(
+                f"model {self.spec.name!r}: experts = {self.spec.experts} in a pipeline; allowed: pipeline_size = 1, or"
+                " a model without experts"
+            )
         blocks = [Layer(partial(self._block, n), (f"blocks.{n}",)) for n in range(len(self.blocks))]
         return [
             Layer(self._embed, ("embedding",) if self.positions is None else ("embedding", "positions")),
@@ -165,17 +232,19 @@ class Transformer(nn.Module):
             Layer(self._finish, ("norm", "embedding" if self.head is None else "head")),
         ]
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor | None = None) -> Tensor:
         S = tokens_BS.shape[1]
         if self.spec.seq < S:
             raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
         x_BSD: Tensor = self.embedding(tokens_BS)
-        return x_BSD if self.positions is None else x_BSD + self.positions.weight[:S]
+        places_S = slice(S) if position_ids is None else position_ids[0]
+        return x_BSD if self.positions is None else x_BSD + self.positions.weight[places_S]
 
-    def _tables(self, x_BSD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _tables(self, x_BSD: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """rope_2SE and bias_1HSS. Cast here, once: a copy made in each block would be kept until its backward."""
         S = x_BSD.shape[1]
-        rope_2SE = None if self.rope is None else self.rope[:, :S].to(x_BSD.dtype)
+        places_S = slice(S) if position_ids is None else position_ids[0]
+        rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
         bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
         return rope_2SE, bias_1HSS
 
@@ -243,7 +312,10 @@ def initialize_weights(model: Transformer, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        std = residual_std if name.endswith(("attention.output.weight", "mlp.down.weight")) else INITIAL_STD
+        if name.endswith("bias"):  # of experts, a row for each
+            parameter.zero_()
+            continue
+        std = residual_std if name.endswith(RESIDUAL) else INITIAL_STD
         drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         parameter.copy_(drawn.normal_(0.0, std, generator=generator))
     with torch.device("cpu"):

@@ -1,5 +1,6 @@
 """Seconds and bytes of a collective on a cluster."""
 
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -8,6 +9,7 @@ from ..collectives.choice import choose, native
 from ..collectives.costs import overhead_seconds, seconds
 from ..collectives.groups import Placement, tiers_along
 from ..collectives.program import Send
+from ..collectives.shift import SHIFT, shift_seconds
 from ..collectives.tiers import Tier, Tiers
 from ..collectives.trace import Collective
 from .groups import play_groups
@@ -49,10 +51,22 @@ def collective_seconds(
     if placed.size == 1:
         return 0.0
     kind, nbytes = collective.kind, collective_bytes(collective)
+    if kind == SHIFT.kind:
+        return _shifted(nbytes, placed, network, fidelity)
     name = _name(collective, placed, network)
     if fidelity == "closed_form":
         return _computed(kind, name, nbytes, placed.size, _seen(placed, _tiers(network)))
     return _played(kind, name, nbytes, placed, network if isinstance(network, Topology) else of_tiers(network))
+
+
+def _shifted(nbytes: int, placed: Placement, network: Topology | Tiers, fidelity: str) -> float:
+    seen = _seen(placed, _tiers(network))
+    if fidelity == "closed_form":
+        return shift_seconds(nbytes, placed.size, seen)
+    topology = network if isinstance(network, Topology) else of_tiers(network)
+    return shift_seconds(0, placed.size, [replace(tier, latency_s=0) for tier in seen]) + play_groups(
+        SHIFT, placed, 2 * nbytes, topology
+    )
 
 
 def sent_bytes(collective: Collective, group: int | Placement, network: Topology | Tiers | None = None) -> int:
@@ -67,6 +81,8 @@ def sent_bytes(collective: Collective, group: int | Placement, network: Topology
     placed = _placed(group)
     if placed.size == 1:
         return 0
+    if collective.kind == SHIFT.kind:
+        return collective_bytes(collective)
     forced = collective.algorithm not in (None, "native")
     name = names(collective.kind)[0] if network is None and not forced else _name(collective, placed, network or ())
     sent, chunks = _sent_chunks(collective.kind, name, placed.size)

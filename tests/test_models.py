@@ -157,6 +157,8 @@ def test_a_file_may_start_from_a_catalogue_model(tmp_path: Path) -> None:
         ("bias = true", "bias = 1", "bias = 1 must be true or false"),
         ("tied = true", "tied = true\nexperts = 8", "experts = 8 needs top_k beside it"),
         ("tied = true", "tied = true\nexperts = 2\ntop_k = 4", "top_k = 4 must be <= experts = 2"),
+        ("tied = true", "tied = true\nbalance = -1", "balance = -1 must be a number >= 0"),
+        ("tied = true", "tied = true\ncapacity_factor = 0", "capacity_factor = 0 must be a number > 0"),
         ("tied = true", "tied = true\nbase = 'gtp2'", "base = 'gtp2' is not a catalogue name; did you mean 'gpt2'?"),
         ("tied = true", "tied = true\nname = 3", "name = 3 must be text"),
         ("tied = true", "tied = ", "not TOML"),
@@ -191,10 +193,12 @@ def test_rope_needs_an_even_head() -> None:
         replace(load_model("gpt-demo"), hidden=24, positions="rope")
 
 
-def test_experts_are_read_but_not_counted() -> None:
-    spec: ModelSpec = replace(load_model("gpt-demo"), experts=8, top_k=2)
-    with pytest.raises(ValueError, match="experts = 8 is not supported yet"):
-        _ = spec.parameters
+def test_experts_are_counted_as_published() -> None:
+    """Mixtral 8x7B: the checkpoint's elements; of these, "13B active parameters" (Jiang et al. 2024, abstract)."""
+    base: ModelSpec = load_model("llama3-8b")
+    mixtral = replace(base, vocab=32_000, seq=32_768, experts=8, top_k=2)
+    assert mixtral.parameters == 46_702_792_704
+    assert mixtral.matmul_flops_per_token / 2 == pytest.approx(12.9e9, rel=0.02)
 
 
 def test_the_catalogue_answers_without_torch_or_pydantic() -> None:

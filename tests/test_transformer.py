@@ -253,6 +253,7 @@ def test_a_position_dependent_model_learns() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_bad_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match="experts = 4 is not supported yet"):
-        Transformer(replace(TINY, experts=4, top_k=1))
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_experts_are_as_many_as_counted(mlp: str) -> None:
+    spec = replace(TINY, mlp=mlp, experts=4, top_k=2)
+    assert sum(parameter.numel() for parameter in Transformer(spec).parameters()) == spec.parameters
