@@ -43,7 +43,8 @@ class Counts(nn.Module):
         self.register_buffer("sum", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sum += x.detach().sum()
+        if self.training:
+            self.sum += x.detach().sum()
         return x * self.weight
 
 
