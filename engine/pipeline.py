@@ -12,7 +12,6 @@ from ..collectives.pipeline import Action, Plan
 from .batch import map_tensors
 from .communicator import Communicator
 from .config import Config
-from .device import DTYPES
 from .engine import Engine
 from .evaluation import evaluating
 from .flat import flat_units, narrow_buffers
@@ -55,7 +54,6 @@ class PipelineEngine(Engine):
         everything = self._cut(model)
         self._chunks = [chunk for chunk in everything if self.plan.place(chunk.number).rank == self.pipeline.rank]
         self._everything = everything
-        self._formats = [[(name, p.shape, p.dtype) for name, p in chunk.named_parameters()] for chunk in everything]
         blocks = repeated_blocks(model) if units is None else list(units)
         drop_others(model, self._chunks)
         taken: set[nn.Parameter] = set()
@@ -246,30 +244,10 @@ class PipelineEngine(Engine):
 
     # The whole model #
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        mine = super().full_parameters()
-        found = {}
-        for chunk, parameters in zip(self._everything, self._formats, strict=True):
-            root = self.plan.place(chunk.number).rank
-            for name, shape, dtype in parameters:
-                if name in found:
-                    continue
-                value = mine[name].to(self.device) if self.pipeline.rank == root else None
-                if value is None:
-                    value = torch.empty(shape, dtype=DTYPES.get(self.settings.precision, dtype), device=self.device)
-                self.pipeline.broadcast(value, f"parameter {name}", root).wait()
-                found[name] = value.cpu()
-        return {name: found[name] for name, _ in self.module.named_parameters()}
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """As Engine's; buffers are those of the stage that computes with them."""
-        shown = super().full_state_dict()
-        for chunk in self._everything:
-            for name in (name for name, _ in chunk.named_buffers() if name in shown):
-                value = shown[name].to(self.device)
-                self.pipeline.broadcast(value, f"buffer {name}", self.plan.place(chunk.number).rank).wait()
-                shown[name] = value.cpu()
-        return shown
+    def own_state(self) -> dict[str, Any]:
+        here = {name for chunk in self._chunks for name in chunk.state_dict()}
+        elsewhere = {name for chunk in self._everything for name in chunk.state_dict()} - here
+        return {name: value for name, value in super().own_state().items() if name not in elsewhere}
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError(
