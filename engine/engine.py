@@ -25,11 +25,14 @@ from .monitor import Monitor, monitor_for
 from .optim import unsharded
 from .optimizer import ShardedOptimizer
 from .queries import Queries, of_module
+from .randomness import Randomness
 from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
+from .sharding import whole_parameters
 from .stages import LayerList
+from .tensor_models import share_layers
 from .tier import Tiers
 from .transfer import Moved, Transfers
 from .zero import ZeroRuntime, reduce_order
@@ -86,6 +89,14 @@ def initialize(
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
+    randomness = share_layers(
+        model,
+        settings.parallelism,
+        groups,
+        settings.seed,
+        optimizer=optimizer,
+        keeps_products=settings.activations.policy in ("selective", "budget"),
+    )
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
     kind = _kind_of_engine(model, settings)
@@ -93,6 +104,9 @@ def initialize(
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
+    engine.randomness = randomness
+    if randomness.active:
+        engine.stateful["randomness"] = randomness
     loader = _loader(training_data, collate_fn, settings, groups.axis("data"))
     if loader is not None:
         engine.stateful["data_loader"] = loader
@@ -192,6 +206,7 @@ class Engine(Queries, Saves, nn.Module):
         self.criterion: Criterion | None = None
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
+        self.randomness: Randomness | None = None
         self.monitor: Monitor | None = monitor_for(settings.monitoring, communicator, model_device(model))
         self.tiers: Tiers | None = None
         if settings.placement.moves:
@@ -241,7 +256,8 @@ class Engine(Queries, Saves, nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if self.monitor is not None:
             self.monitor.saw((arguments, keywords))
-        with self._timed("forward"), self._autocast():
+        drawing = nullcontext() if self.randomness is None else self.randomness.forward()
+        with self._timed("forward"), self._autocast(), drawing:
             return self.module(*arguments, **keywords)
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:
@@ -355,7 +371,9 @@ class Engine(Queries, Saves, nn.Module):
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter whole, by name, on the host. All ranks must call it."""
         with self.groups.uncompressed():
-            return {name: values.cpu().clone() for name, values in self.runtime.gathered_parameters()}
+            parts = self.runtime.gathered_parameters()
+            whole = whole_parameters(dict(self.module.named_parameters()), parts, self.groups.axis("tensor"))
+            return {name: values.cpu().clone() for name, values in whole}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers, whole, by the model's own names. All ranks must call it.
