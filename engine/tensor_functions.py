@@ -76,7 +76,7 @@ def gather_features(x: Tensor, ranks: TensorRanks) -> Tensor:
 
 
 def _applied(function: type[Function], x: Tensor, ranks: TensorRanks) -> Tensor:
-    result: Tensor = function.apply(x, ranks)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    result: Tensor = function.apply(x, ranks)
     return result
 
 

@@ -36,6 +36,8 @@ class Rows:
 class _Linear(nn.Module):
     """The parameters of a linear layer of which this rank has a part."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, ranks: TensorRanks, *, transposed: bool
     ) -> None:
@@ -149,7 +151,7 @@ def vocabulary_cross_entropy(
     Returns:
         [N], the same on all ranks.
     """
-    losses: Tensor = _CrossEntropy.apply(logits, targets, rows, ranks, ignored)  # type: ignore[no-untyped-call]
+    losses: Tensor = _CrossEntropy.apply(logits, targets, rows, ranks, ignored)
     return losses
 
 

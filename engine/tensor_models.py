@@ -128,7 +128,7 @@ def share_layers(
     return randomness
 
 
-def _replace_loss(model: nn.Module, ranks: TensorRanks) -> None:
+def _replace_loss(model: Any, ranks: TensorRanks) -> None:
     """Have the model's loss made of logits that stay cut, where it is known how the model makes it."""
     heads = [module for module in model.modules() if isinstance(module, VocabHead | VocabEmbedding)]
     if not heads:

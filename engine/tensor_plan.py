@@ -180,15 +180,13 @@ class _Carpenter:
 
     def _vocabulary(self, name: str) -> nn.Module:
         module = self.model.get_submodule(name)
-        embeds = isinstance(module, nn.Embedding)
-        if not embeds and not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Embedding | nn.Linear):
             raise ValueError(
                 f"the tensor plan cuts {name!r}, a {type(module).__name__}; allowed: nn.Embedding, nn.Linear"
             )
-        if embeds and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
-            raise ValueError(
-                f"{name}: max_norm, sparse and scale_grad_by_freq of an embedding that is cut are not supported"
-            )
+        unusual = ("max_norm", "sparse", "scale_grad_by_freq")
+        if any(getattr(module, option, None) for option in unusual):
+            raise ValueError(f"{name}: an embedding with {', '.join(unusual)} cannot be cut; leave them out")
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         place = role_of(weight).whole

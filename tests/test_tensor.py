@@ -1,5 +1,7 @@
 """Tensor parallelism on Gloo ranks against one process."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -7,11 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
+from windtunnel.collectives.ring import RING
+from windtunnel.collectives.tensor import Sent, SharedLayers, sent_bytes
 from windtunnel.engine.engine import Engine, initialize
+from windtunnel.engine.gloo import GlooCommunicator
+from windtunnel.engine.pilot import Plan, fly
+from windtunnel.engine.randomness import Randomness
+from windtunnel.engine.roles import Whole
+from windtunnel.engine.sharding import cut, reassemble, sections, shard, unshard
+from windtunnel.engine.tensor_functions import TensorRanks
+from windtunnel.engine.tensor_layers import Rows, mean_loss
 from windtunnel.engine.world import World
 from windtunnel.experiments.models import ModelSpec
 from windtunnel.experiments.transformer import Transformer, initialize_weights
+from windtunnel.sim.replay import sent_bytes_by_axis
 
 TOLERANCE = 1e-10
 """float64; sums are taken in another order, and Adam enlarges rounding (tests/test_zero.py)."""
@@ -165,3 +181,222 @@ def test_two_ranks_equal_one_process(two_ranks: World, layout: Layout) -> None:
 )
 def test_four_ranks_equal_one_process(four_ranks: World, layout: Layout) -> None:
     check(four_ranks, layout)
+
+
+# What travels: the closed form, the ranks' ledger and the flight, all exact #
+
+
+LETTERS = {"fp32": 4}
+
+
+def flat_config(sequence: bool) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "optimizer": ADAMW,
+        "parallel": {"tensor": 2, "sequence_parallel": sequence},
+        "communication": {"algorithms": dict.fromkeys(RING, "ring")},
+    }
+
+
+def ledger(rank: int, world: int, name: str, sequence: bool) -> tuple[Counter[Sent], list[int]]:
+    """Of one step on the tensor axis, without few-element reductions, and the sizes of what is partial."""
+    engine = started(build(name).float(), flat_config(sequence))
+    group = engine.groups.axis("tensor")
+    group.ledger.clear()
+    for step in range(2):
+        engine.backward(engine(*batch(step)))
+        engine.step()
+    entries = group.ledger.items()
+    found = {Sent(e.kind, e.elements, LETTERS[e.dtype]): 0 for e, _ in entries if not e.scalar}
+    for entry, count in entries:
+        if not entry.scalar:
+            found[Sent(entry.kind, entry.elements, LETTERS[entry.dtype])] += count
+    partial = [unit.elements for unit in engine.runtime.units if unit.part.role.partial]
+    engine.close()
+    return Counter(found), partial
+
+
+@pytest.mark.parametrize(("name", "sequence"), [("gpt", False), ("llama", True), ("gpt", True)])
+def test_what_is_sent_is_the_closed_form(two_ranks: World, name: str, sequence: bool) -> None:
+    spec = SPECS[name]
+    layers = SharedLayers(
+        layers=spec.layers, batch=SAMPLES, seq=SEQ, hidden=spec.hidden, ranks=2, sequence_parallel=sequence,
+        element_bytes=4,
+    )  # fmt: skip
+    for found, partial in two_ranks.run(ledger, name, sequence):
+        assert bool(partial) == sequence
+        assert found == layers.step(2, partial)
+        arguments = {"spec": spec, "batch": SAMPLES, "seq": SEQ}
+        factory = "windtunnel.experiments.transformer:for_flight"
+        trace = fly(Plan(factory=factory, arguments=arguments, config=flat_config(sequence), world=2, micro_steps=2))
+        assert sent_bytes_by_axis(trace, scalars=False)["tensor"] == sent_bytes(found, 2)
+
+
+# Refusals #
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x))).square().mean()
+
+
+def refused(rank: int, world: int, model: nn.Module, parallel: dict[str, Any], stepped: bool = False) -> str:
+    optimizer = torch.optim.AdamW(model.parameters())
+    if stepped:
+        sum(p.sum() for p in model.parameters()).backward()
+        optimizer.step()
+    try:
+        engine = started(model, {"parallel": {"tensor": world, **parallel}}, optimizer=optimizer)
+        if isinstance(model, Transformer):
+            engine(torch.zeros(1, 7, dtype=torch.int64))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+FC = {"*fc1": "column", "*fc2": "row"}
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "words"),
+    [
+        (Mlp(), {}, r"mp_size .* = 2, but there is no tensor plan for a Mlp; .*tensor_plan\(\)"),
+        (Mlp(), {"plan": {"*.fc3": "column"}}, r"'\*\.fc3' matches no module"),
+        (Mlp(), {"plan": {"fc1": "columns"}}, r"style of 'fc1' is 'columns'; allowed: column"),
+        (Mlp(), {"plan": {"fc1": "column of 3"}}, r"fc1: 5 features are .* heads of 3, which 2 tensor ranks"),
+        (Mlp(), {"plan": FC, "sequence_parallel": True}, r"no module of the tensor plan has the style 'split'"),
+        (Transformer(LLAMA), {"sequence_parallel": True}, r"a sequence of 7 tokens cannot be cut among 2"),
+        (Transformer(replace(LLAMA, kv_heads=1)), {}, r"attention.qkv: 4 features are 1 heads of 4, .* 2 tensor ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    two_ranks: World, model: nn.Module, parallel: dict[str, Any], words: str
+) -> None:
+    for message in two_ranks.run(refused, model, parallel):
+        assert re.search(words, message), message
+
+
+def test_an_optimizer_that_has_stepped_is_refused(two_ranks: World) -> None:
+    for message in two_ranks.run(refused, Mlp(), {"plan": FC}, True):
+        assert "optimizer AdamW has stepped on the whole parameters" in message
+
+
+# Plans of a user, on an optimizer that was made on the whole parameters #
+
+
+def train_mlp(rank: int, world: int, tensor: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Mlp().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    engine = started(model, {"parallel": {"tensor": tensor, "plan": FC if tensor > 1 else {}}}, optimizer=optimizer)
+    for step in range(3):
+        engine.backward(engine(torch.full((2, 3), step + 1.0, dtype=torch.float64)))
+        engine.step()
+    assert model.fc1.weight.shape == ((3 - rank if tensor > 1 else 5), 3)  # 5 features: 3 and 2
+    found = engine.full_parameters()
+    engine.close()
+    return found
+
+
+def test_a_plan_of_ones_own_cuts_unevenly(two_ranks: World) -> None:
+    wanted, *_ = two_ranks.run(train_mlp, 1)
+    for found in two_ranks.run(train_mlp, 2):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+
+
+# The loss alone #
+
+
+def losses(rank: int, world: int, vocab: int) -> tuple[Tensor, Tensor, int]:
+    """Of tokens some of which do not count, with the gradient of these logits; and how many numbers were sent."""
+    group = GlooCommunicator("tensor", dist.group.WORLD, dist.distributed_c10d._get_default_store(), 20.0)
+    randomness = Randomness(torch.device("cpu"), 0, (0,), rank, active=False)
+    ranks = TensorRanks(group, randomness)
+    logits, targets = tokens(vocab)
+    padded = -(-vocab // world)
+    first, last = rank * padded, min(vocab, (rank + 1) * padded)
+    mine = functional.pad(logits[:, first:last], (0, padded - (last - first)), value=99.0).requires_grad_()
+    mean_loss(mine, targets, Rows(first, last - first, vocab), ranks).backward()
+    with torch.no_grad():
+        loss = mean_loss(mine, targets, Rows(first, last - first, vocab), ranks)
+    assert mine.grad is not None
+    assert not mine.grad[:, last - first :].any()
+    sent = max(entry.elements for entry in group.ledger)
+    group.close()
+    return loss, mine.grad[:, : last - first], sent
+
+
+def tokens(vocab: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 30 * torch.randn(9, vocab, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab, (9,), generator=generator)
+    targets[2] = -100
+    return logits, targets
+
+
+@pytest.mark.parametrize("vocab", [4, 7, 32])
+def test_cross_entropy_of_cut_logits(four_ranks: World, vocab: int) -> None:
+    logits, targets = tokens(vocab)
+    wanted = functional.cross_entropy(logits.requires_grad_(), targets)
+    wanted.backward()
+    answers = four_ranks.run(losses, vocab)
+    gradient = torch.cat([each for _, each, _ in answers], dim=1)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-14)
+    for loss, _, sent in answers:
+        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-13, atol=0)
+        assert sent == 2 * 9  # numbers per token: no rank gets another one's logits
+
+
+# Shards #
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    data=st.data(),
+    parts=st.integers(1, 5),
+)
+def test_shards_make_the_whole(shape: list[int], data: st.DataObject, parts: int) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    cut = shard(whole, dim, parts)
+    sizes = [part.shape[dim] for part in cut]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(unshard(cut, dim), whole)
+
+
+def test_shards_of_a_thousand_rows() -> None:
+    assert [tuple(part.shape) for part in shard(torch.empty(1000, 10), 0, 4)] == [(250, 10)] * 4
+    assert [part.shape[0] for part in shard(torch.empty(1003, 10), 0, 4)] == [251, 251, 251, 250]
+    with pytest.raises(ValueError, match=r"dim = 2 of a tensor of shape \(3, 4\); allowed: 0 to 1"):
+        shard(torch.empty(3, 4), 2, 2)
+    with pytest.raises(ValueError, match="parts = 0"):
+        shard(torch.empty(3, 4), 0, 0)
+
+
+@given(widths=st.lists(st.integers(1, 6), min_size=1, max_size=3), parts=st.integers(1, 4), padding=st.integers(0, 2))
+def test_fused_parts_are_reassembled(widths: list[int], parts: int, padding: int) -> None:
+    """Each rank's share of several sections that lie side by side, padded at its end."""
+    starts = [sum(widths[:number]) for number in range(len(widths))]
+    values = torch.arange(3 * sum(widths)).view(3, -1)
+    wholes = [
+        Whole(
+            tuple(values.shape),
+            1,
+            tuple((at + sections(width, parts)[rank][0], at + sections(width, parts)[rank][1])
+                  for at, width in zip(starts, widths, strict=True)),
+        )
+        for rank in range(parts)
+    ]  # fmt: skip
+    cuts = [cut(values, whole, sum(b - a for a, b in whole.ranges) + padding) for whole in wholes]
+    assert torch.equal(reassemble(cuts, wholes), values)
+    if parts > 1 and sum(b - a for a, b in wholes[-1].ranges):
+        with pytest.raises(ValueError, match="parts cover"):
+            reassemble(cuts[:-1], wholes[:-1])
