@@ -109,26 +109,29 @@ class VocabEmbedding(nn.Module):
 class VocabHead(_Linear):
     """Logits [..., S, V / t] cut along the vocabulary, with padding.
 
+    Args:
+        enters: as for ColumnLinear.
+
     Attributes:
         keeps_cut: return them so; else they are gathered: [..., S, V] on all ranks.
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Rows, ranks: TensorRanks, *, transposed: bool
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        rows: Rows,
+        ranks: TensorRanks,
+        *,
+        enters: bool = True,
     ) -> None:
-        super().__init__(weight, bias, ranks, transposed=transposed)
-        self.rows, self.keeps_cut = rows, False
+        super().__init__(weight, bias, ranks, transposed=False)
+        self.rows, self.enters, self.keeps_cut = rows, enters, False
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = cut_logits(x, self.matrix(), self.ranks, self.bias)
+        logits = functional.linear(enter(x, self.ranks) if self.enters else x, self.weight, self.bias)
+        self.ranks.randomness.leave()
         return logits if self.keeps_cut else whole_logits(logits, self.rows, self.ranks)
-
-
-def cut_logits(hidden: Tensor, weight: Tensor, ranks: TensorRanks, bias: Tensor | None = None) -> Tensor:
-    """Hidden states [..., S, D] (or [..., S / t, D]) times this rank's rows [V / t, D]: [..., S, V / t]."""
-    logits = functional.linear(enter(hidden, ranks), weight, bias)
-    ranks.randomness.leave()
-    return logits
 
 
 def whole_logits(logits: Tensor, rows: Rows, ranks: TensorRanks) -> Tensor:

@@ -15,13 +15,13 @@ from .groups import Groups
 from .mesh import Parallelism
 from .randomness import Randomness, draws
 from .roles import Role
-from .tensor_functions import TensorRanks
-from .tensor_layers import IGNORED, Rows, VocabEmbedding, VocabHead, cut_logits, mean_loss, whole_logits
+from .tensor_functions import TensorRanks, enter
+from .tensor_layers import IGNORED, Rows, VocabEmbedding, VocabHead, mean_loss, whole_logits
 from .tensor_plan import AXIS, Plan, check_optimizer, parallelize
 
 
 def gpt2_plan(model: Any) -> Plan:
-    """GPT2LMHeadModel: dropout of a residual branch is outside of the region, that of attention inside."""
+    """GPT2LMHeadModel. Its last norm has to give all tokens: the model views what it gets as long as its input."""
     block, head = "transformer.h.*", model.config.n_embd // model.config.n_head
     if model.config.add_cross_attention:
         raise ValueError("GPT2LMHeadModel with cross-attention has no tensor plan; allowed: without")
@@ -35,8 +35,8 @@ def gpt2_plan(model: Any) -> Plan:
         f"{block}.mlp.c_fc": "column",
         f"{block}.mlp.c_proj": "row",
         f"{block}.ln_?": "norm",
-        "transformer.ln_f": "norm",
-        "lm_head": "vocabulary",
+        "transformer.ln_f": "norm, opens",
+        "lm_head": "vocabulary inside",
     }
 
 
@@ -157,7 +157,8 @@ class Readout:
             hidden: [B, S, D], or this rank's [B, S / t, D] of it.
             weight: [V / t, D]
         """
-        logits = cut_logits(hidden, weight, self.ranks)
+        logits = nn.functional.linear(enter(hidden, self.ranks), weight)
+        self.ranks.randomness.leave()
         if targets is None:
             return whole_logits(logits, self.rows, self.ranks)
         return mean_loss(logits, targets, self.rows, self.ranks)

@@ -6,6 +6,7 @@ A plan is a mapping of patterns (fnmatch) to styles; of several that match, the 
     row               linear, cut along its inputs; its output leaves the region that is cut
     vocabulary        an embedding or a head, cut along the vocabulary, padded where that does not divide
     region            its first argument enters a region that is cut; else each column does that for itself
+    opens             its output enters a region, in which "vocabulary inside" then is
     divide A B        attributes A and B are numbers, or lists of them, of which each rank has its share
     norm              in between the regions: with sequence parallelism gradients of its parameters are terms of a sum
     split             the first module (in order of registration) whose input is cut along the sequence, with that
@@ -88,9 +89,11 @@ class _Carpenter:
             case "column" | "row":
                 self._replace(name, self._linear(name, style, words))
             case "vocabulary":
-                self._replace(name, self._vocabulary(name))
+                self._replace(name, self._vocabulary(name, enters=words != ("inside",)))
             case "region":
                 self.model.get_submodule(name).register_forward_pre_hook(self._enters, with_kwargs=True)
+            case "opens":
+                self.model.get_submodule(name).register_forward_hook(self._opens)
             case "divide":
                 self._divide(name, words)
             case "norm":
@@ -106,7 +109,7 @@ class _Carpenter:
             case _:
                 raise ValueError(
                     f"the tensor plan's style of {name!r} is {style!r}; allowed: column, row, vocabulary, region,"
-                    " divide, norm, split, cut"
+                    " opens, divide, norm, split, cut"
                 )
 
     def _replace(self, name: str, layer: nn.Module) -> None:
@@ -118,6 +121,9 @@ class _Carpenter:
 
     def _enters(self, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return _with_first(arguments, keywords, lambda x: enter(x, self.ranks))
+
+    def _opens(self, module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        return enter(output, self.ranks)
 
     def _splits(self, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return _with_first(arguments, keywords, lambda x: split(x, self.ranks))
@@ -178,7 +184,7 @@ class _Carpenter:
         first, last = sections(width // (unit or 1), self.world)[self.rank]
         return first * (unit or 1), last * (unit or 1)
 
-    def _vocabulary(self, name: str) -> nn.Module:
+    def _vocabulary(self, name: str, *, enters: bool) -> nn.Module:
         module = self.model.get_submodule(name)
         if not isinstance(module, nn.Embedding | nn.Linear):
             raise ValueError(
@@ -202,7 +208,7 @@ class _Carpenter:
         bias = _parameter(module.bias)
         if bias is not None:
             self._cut(name, bias, 0, ((first, last),), padded)
-        return VocabHead(weight, bias, rows, self.ranks, transposed=False)
+        return VocabHead(weight, bias, rows, self.ranks, enters=enters)
 
     def _cut(
         self,

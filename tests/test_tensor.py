@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -309,6 +309,91 @@ def test_a_plan_of_ones_own_cuts_unevenly(two_ranks: World) -> None:
     for found in two_ranks.run(train_mlp, 2):
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+
+
+# Dropout #
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.inside, self.outside = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outside(self.fc2(self.inside(self.fc1(self.norm(x)))))
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Branch(), Branch()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+DROPPING = {"*.fc1": "column", "*.fc2": "row", "*.norm": "norm", "blocks.0": "split"}
+
+
+class Dropped(NamedTuple):
+    """Masks of the first forward inside and outside of regions, and losses."""
+
+    inside: list[Tensor]
+    outside: list[Tensor]
+    losses: list[float]
+    parameters: dict[str, Tensor]
+
+
+def drop(rank: int, world: int, tensor: int, sequence: bool, policy: str) -> Dropped:
+    torch.manual_seed(rank)  # what a script draws does not matter
+    config = {
+        "parallel": {"tensor": tensor, "sequence_parallel": sequence, "plan": DROPPING},
+        "activation_checkpointing": {"policy": policy},
+        "optimizer": ADAMW,
+    }
+    engine = started(Dropping().double(), config)
+    masks: dict[str, list[Tensor]] = {"inside": [], "outside": []}
+    for name, module in engine.module.named_modules():
+        if isinstance(module, nn.Dropout):
+            kept = masks[name.rpartition(".")[2]]
+            module.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output == 0))
+    losses = []
+    before = torch.get_rng_state()
+    for step in range(3):
+        loss = engine(torch.full((2, 4, 8), 0.5, dtype=torch.float64))
+        if step == 0:
+            first = {name: list(kept) for name, kept in masks.items()}
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert torch.equal(torch.get_rng_state(), before)
+    outcome = Dropped(first["inside"], first["outside"], losses, engine.full_parameters())
+    engine.close()
+    return outcome
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_dropout_masks(two_ranks: World, sequence: bool) -> None:
+    """Equal where ranks hold the same values, different where each has its own, and replayed by a recomputation."""
+    first, second = two_ranks.run(drop, 2, sequence, "none")
+    for mine, yours in zip(first.inside, second.inside, strict=True):
+        assert not torch.equal(mine, yours)
+    for mine, yours in zip(first.outside, second.outside, strict=True):
+        assert torch.equal(mine, yours) != sequence
+    assert not torch.equal(first.outside[0], first.outside[1])
+    again, _ = two_ranks.run(drop, 2, sequence, "full")
+    assert again.losses == first.losses
+    for name, value in first.parameters.items():
+        assert torch.equal(again.parameters[name], value), name
+
+
+def test_dropout_masks_of_data_ranks_differ(four_ranks: World) -> None:
+    ranks = four_ranks.run(drop, 2, False, "none")
+    assert torch.equal(ranks[0].outside[0], ranks[1].outside[0])
+    assert not torch.equal(ranks[0].outside[0], ranks[2].outside[0])
 
 
 # The loss alone #
