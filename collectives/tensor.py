@@ -25,6 +25,7 @@ class SharedLayers:
 
     Attributes:
         batch, seq, hidden: of the activations; `seq` a multiple of the ranks with `sequence_parallel`.
+        recomputed: each layer is computed again in backward, up to its last matrix product, whose sum nobody needs.
         element_bytes: of one activation.
         loss_bytes: of one number of the cross-entropy.
     """
@@ -35,11 +36,12 @@ class SharedLayers:
     hidden: int
     ranks: int
     sequence_parallel: bool = False
+    recomputed: bool = False
     element_bytes: int = 2
     loss_bytes: int = 4
 
     def micro_step(self) -> Counter[Sent]:
-        """The collectives of one forward and backward, nothing being computed again.
+        """The collectives of one forward and backward.
 
         The embedding sums its ranks' rows. With sequence parallelism its whole output is then cut, so its gradient is
         gathered. The head is one more region, which begins only. The loss reduces the largest logit of each token, then
@@ -52,13 +54,14 @@ class SharedLayers:
         def add(kind: str, times: int, elements: int = activations, element_bytes: int = self.element_bytes) -> None:
             found[Sent(kind, elements, element_bytes)] += times
 
+        begun, ended = (2 * self.layers, self.layers) if self.recomputed else (0, 0)  # once more
         regions = 2 * self.layers
         if self.sequence_parallel:
-            add("all_gather", 2 * regions + 1)  # begin in forward, end in backward; the head
-            add("reduce_scatter", 2 * regions + 1)
+            add("all_gather", 2 * regions + begun + 1)  # begin in forward, end in backward; the head
+            add("reduce_scatter", 2 * regions + ended + 1)
             add("all_gather", 1)
         else:
-            add("all_reduce", 2 * regions + 1)
+            add("all_reduce", 2 * regions + ended + 1)
         add("all_reduce", 1)
         add("all_reduce", 1, tokens, self.loss_bytes)
         add("all_reduce", 1, 2 * tokens, self.loss_bytes)

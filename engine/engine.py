@@ -105,7 +105,7 @@ def initialize(
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
     engine.randomness = randomness
-    if randomness.active:
+    if randomness.drawn:
         engine.stateful["randomness"] = randomness
     loader = _loader(training_data, collate_fn, settings, groups.axis("data"))
     if loader is not None:
@@ -241,6 +241,7 @@ class Engine(Queries, Saves, nn.Module):
             settings.activations,
             model_device(model),
             visit=runtime.visiting,
+            group=None if settings.parallelism.sequence_parallel else self.groups.axis("tensor"),
             observer=communicator.observer,
         )
         return runtime

@@ -140,7 +140,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             hyper["fused"] = True
         stepper = kind([{**hyper, "params": [tensor for _, tensor in self._pieces[unit]]}], **_arguments(kind, hyper))
         stepper.state = self.state
-        if isinstance(stepper, Lamb) and self.runtime.zero.optimizer:
+        if isinstance(stepper, Lamb) and (self.runtime.zero.optimizer or unit.part.role.whole is not None):
             stepper.complete = partial(self._whole_norms, unit)
         return stepper
 
@@ -262,7 +262,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
 
     def _whole_norms(self, unit: FlatUnit, tensors: Sequence[Tensor], squares: Tensor) -> Tensor:
-        """The squared norms [n, 2] of the parameters that `tensors`, pieces in this rank's shard, are parts of.
+        """The squared norms [n, 2] of the whole parameters that `tensors`, pieces in this rank's shard, are parts of.
 
         Args:
             squares: [n, 2] those of the pieces.
@@ -271,7 +271,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         rows = {piece.parameter: mine[id(tensor)] for piece, tensor in self._pieces[unit] if id(tensor) in mine}
         nothing = torch.zeros(2, dtype=unit.master.dtype, device=unit.master.device)
         whole = torch.stack([rows.get(parameter, nothing) for parameter in unit.parameters])
-        self.runtime.groups.shard.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
+        groups, role = self.runtime.groups, unit.part.role
+        holders = [groups.shard] if self.runtime.zero.optimizer else []
+        holders += [groups.axis(name) for name in role.cut if role.whole is not None]
+        for group in holders:
+            group.all_reduce(whole.view(-1), f"parameter norms of {unit.label}", scalar=True).wait()
         numbers = [number for number, parameter in enumerate(unit.parameters) if parameter in rows]
         return torch.stack([whole[number] for number in numbers]) if numbers else whole[:0]
 

@@ -40,27 +40,31 @@ class Randomness:
         seed: of the config.
         samples: what tells the ranks apart that have other samples, or other layers.
         rank: among the ranks that share each layer.
-        active: whether anything is drawn at all; else nothing here does anything.
+        drawn: whether the model draws at all.
+        shared: whether several ranks share each layer; else torch's generators are left alone.
 
     Attributes:
-        forwards: how many have begun.
+        forwards: how many have begun, of a model that draws.
     """
 
-    def __init__(self, device: torch.device, seed: int, samples: tuple[int, ...], rank: int, *, active: bool) -> None:
+    def __init__(
+        self, device: torch.device, seed: int, samples: tuple[int, ...], rank: int, *, drawn: bool, shared: bool
+    ) -> None:
         self.device, self.seed, self.samples, self.rank = device, seed, samples, rank
-        self.active = active and device.type not in ("sim", "meta")
+        self.drawn = drawn
+        self.active = drawn and shared and device.type not in ("sim", "meta")
         self.forwards = 0
         self._outside: dict[str, Tensor] = {}
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around a forward of the model."""
+        number, self.forwards = self.forwards, self.forwards + self.drawn
         if not self.active:
             yield
             return
         before = random_states(self.device)
-        torch.manual_seed(mixed(self.seed, *self.samples, self.forwards))
-        self.forwards += 1
+        torch.manual_seed(mixed(self.seed, *self.samples, number))
         try:
             yield
         finally:

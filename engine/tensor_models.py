@@ -6,7 +6,7 @@ logits without targets, it is replaced by one that needs no whole logits.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,24 +67,29 @@ BY_CLASS: dict[str, Callable[[Any], Plan]] = {
 """Plans of models of transformers, which is not imported here."""
 
 
-def plan_for(model: nn.Module, parallelism: Parallelism) -> Plan:
-    """The config's plan, else the model's own, else the one for its class.
+class Planned(NamedTuple):
+    """A plan, and the module whose loss is made anew for it: the model, or what it wraps."""
+
+    plan: Plan
+    module: nn.Module
+
+
+def plan_for(model: nn.Module, parallelism: Parallelism) -> Planned:
+    """The config's plan, else that of the outermost module that has one: its own, or the one for its class.
 
     Raises:
         ValueError: there is none.
     """
     if parallelism.plan:
-        return dict(parallelism.plan)
-    own = getattr(model, "tensor_plan", None)
-    if own is not None:
-        plan: Plan = own()
-        return plan
-    name = type(model).__name__
-    if name in BY_CLASS:
-        return BY_CLASS[name](model)
+        return Planned(dict(parallelism.plan), model)
+    for name, module in model.named_modules():
+        own, kind = getattr(module, "tensor_plan", None), type(module).__name__
+        if own is not None or kind in BY_CLASS:
+            plan: Plan = BY_CLASS[kind](module) if own is None else own()
+            return Planned({f"{name}.{pattern}" if name else pattern: style for pattern, style in plan.items()}, module)
     raise ValueError(
-        f"mp_size (parallel.tensor) = {parallelism.tensor}, but there is no tensor plan for a {name}; allowed: models"
-        f" with a method tensor_plan(), {', '.join(BY_CLASS)}, or a plan in the config:"
+        f"mp_size (parallel.tensor) = {parallelism.tensor}, but there is no tensor plan for a {type(model).__name__};"
+        f" allowed: models with a method tensor_plan(), {', '.join(BY_CLASS)}, or a plan in the config:"
         ' "parallel": {"plan": {"*.fc1": "column", "*.fc2": "row"}}'
     )
 
@@ -115,16 +120,16 @@ def share_layers(
     shares = group.world > 1
     device = next(model.parameters()).device
     samples = (groups.everyone.rank, groups.axis("pipeline").rank)
-    randomness = Randomness(device, seed, samples, group.rank, active=shares and draws(model))
+    randomness = Randomness(device, seed, samples, group.rank, drawn=draws(model), shared=shares)
     if not shares:
         return randomness
-    plan = plan_for(model, parallelism)
+    plan, planned = plan_for(model, parallelism)
     check_optimizer(optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
     with torch.no_grad():
         groups.replicate([*model.parameters(), *model.buffers()], Role())
         ranks = TensorRanks(group, randomness, parallelism.sequence_parallel, keeps_products)
         parallelize(model, plan, ranks)
-    _replace_loss(model, ranks)
+    _replace_loss(planned, ranks)
     return randomness
 
 

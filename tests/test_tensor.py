@@ -18,6 +18,7 @@ from windtunnel.collectives.ring import RING
 from windtunnel.collectives.tensor import Sent, SharedLayers, sent_bytes
 from windtunnel.engine.engine import Engine, initialize
 from windtunnel.engine.gloo import GlooCommunicator
+from windtunnel.engine.optim import Lamb
 from windtunnel.engine.pilot import Plan, fly
 from windtunnel.engine.randomness import Randomness
 from windtunnel.engine.roles import Whole
@@ -44,17 +45,19 @@ LLAMA = replace(GPT, kv_heads=2, ffn=13, mlp="swiglu", norm="rmsnorm", positions
 SPECS = {"gpt": GPT, "llama": LLAMA, "alibi": replace(GPT, positions="alibi", tied=False)}
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Lamb": Lamb}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a run; only `model` and `clip` mean something to one process."""
+    """Of a run; only `model`, `clip` and `optimizer` mean something to one process."""
 
     model: str
     tensor: int
     sequence: bool = False
     stage: int = 0
     clip: float = 0.5
+    optimizer: str = "AdamW"
     keys: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,7 +66,7 @@ class Layout:
             "train_batch_size": SAMPLES,
             "gradient_clipping": self.clip,
             "zero_optimization": {"stage": self.stage},
-            "optimizer": ADAMW,
+            "optimizer": {**ADAMW, "type": self.optimizer},
             "parallel": {"tensor": self.tensor, "sequence_parallel": self.sequence},
             **self.keys,
         }
@@ -96,9 +99,9 @@ class Outcome:
 
 
 @cache
-def alone(name: str, clip: float) -> Outcome:
+def alone(name: str, clip: float, kind: str) -> Outcome:
     model = build(name)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW["params"])
+    optimizer = OPTIMIZERS[kind](model.parameters(), **ADAMW["params"])
     losses, norms = [], []
     for step in range(STEPS):
         loss = model(*batch(step))
@@ -135,7 +138,7 @@ def train(rank: int, world: int, layout: Layout) -> Outcome:
 
 
 def check(world: World, layout: Layout) -> None:
-    wanted = alone(layout.model, layout.clip)
+    wanted = alone(layout.model, layout.clip, layout.optimizer)
     for outcome in world.run(train, layout):
         state = outcome.parameters
         assert set(wanted.parameters) <= set(state)
@@ -149,6 +152,8 @@ def check(world: World, layout: Layout) -> None:
 
 FULL = {"activation_checkpointing": {"policy": "full"}}
 SELECTIVE = {"activation_checkpointing": {"policy": "selective"}}
+BUDGET = {"activation_checkpointing": {"policy": "budget", "budget_bytes": 100_000}}
+IN_PARTS = {"activation_checkpointing": {"policy": "full", "partition_activations": True}}
 
 
 @pytest.mark.parametrize(
@@ -156,9 +161,10 @@ SELECTIVE = {"activation_checkpointing": {"policy": "selective"}}
     [
         Layout("gpt", 2),
         Layout("gpt", 2, sequence=True, keys=FULL),
-        Layout("llama", 2, keys=SELECTIVE),
+        Layout("llama", 2, keys=SELECTIVE, optimizer="Lamb"),
         Layout("llama", 2, sequence=True, keys=SELECTIVE),
-        Layout("alibi", 2),
+        Layout("alibi", 2, keys=BUDGET),
+        Layout("gpt", 2, keys=IN_PARTS),
     ],
     ids=str,
 )
@@ -175,7 +181,7 @@ def test_two_ranks_equal_one_process(two_ranks: World, layout: Layout) -> None:
         Layout("llama", 2, sequence=True, stage=0),
         Layout("gpt", 2, sequence=True, stage=2),
         Layout("llama", 2, sequence=True, stage=3, keys=FULL),
-        Layout("gpt", 2, stage=3),
+        Layout("gpt", 2, stage=3, optimizer="Lamb"),
     ],
     ids=str,
 )
@@ -189,8 +195,9 @@ def test_four_ranks_equal_one_process(four_ranks: World, layout: Layout) -> None
 LETTERS = {"fp32": 4}
 
 
-def flat_config(sequence: bool) -> dict[str, Any]:
+def flat_config(sequence: bool, policy: str) -> dict[str, Any]:
     return {
+        "activation_checkpointing": {"policy": policy},
         "train_micro_batch_size_per_gpu": SAMPLES,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
@@ -200,9 +207,9 @@ def flat_config(sequence: bool) -> dict[str, Any]:
     }
 
 
-def ledger(rank: int, world: int, name: str, sequence: bool) -> tuple[Counter[Sent], list[int]]:
+def ledger(rank: int, world: int, name: str, sequence: bool, policy: str) -> tuple[Counter[Sent], list[int]]:
     """Of one step on the tensor axis, without few-element reductions, and the sizes of what is partial."""
-    engine = started(build(name).float(), flat_config(sequence))
+    engine = started(build(name).float(), flat_config(sequence, policy))
     group = engine.groups.axis("tensor")
     group.ledger.clear()
     for step in range(2):
@@ -218,19 +225,24 @@ def ledger(rank: int, world: int, name: str, sequence: bool) -> tuple[Counter[Se
     return Counter(found), partial
 
 
-@pytest.mark.parametrize(("name", "sequence"), [("gpt", False), ("llama", True), ("gpt", True)])
-def test_what_is_sent_is_the_closed_form(two_ranks: World, name: str, sequence: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "sequence", "policy"),
+    [("gpt", False, "none"), ("llama", True, "none"), ("gpt", True, "full"), ("llama", False, "full")],
+)
+def test_what_is_sent_is_the_closed_form(two_ranks: World, name: str, sequence: bool, policy: str) -> None:
     spec = SPECS[name]
     layers = SharedLayers(
         layers=spec.layers, batch=SAMPLES, seq=SEQ, hidden=spec.hidden, ranks=2, sequence_parallel=sequence,
-        element_bytes=4,
+        recomputed=policy == "full", element_bytes=4,
     )  # fmt: skip
-    for found, partial in two_ranks.run(ledger, name, sequence):
+    for found, partial in two_ranks.run(ledger, name, sequence, policy):
         assert bool(partial) == sequence
         assert found == layers.step(2, partial)
         arguments = {"spec": spec, "batch": SAMPLES, "seq": SEQ}
         factory = "windtunnel.experiments.transformer:for_flight"
-        trace = fly(Plan(factory=factory, arguments=arguments, config=flat_config(sequence), world=2, micro_steps=2))
+        trace = fly(
+            Plan(factory=factory, arguments=arguments, config=flat_config(sequence, policy), world=2, micro_steps=2)
+        )
         assert sent_bytes_by_axis(trace, scalars=False)["tensor"] == sent_bytes(found, 2)
 
 
@@ -402,7 +414,7 @@ def test_dropout_masks_of_data_ranks_differ(four_ranks: World) -> None:
 def losses(rank: int, world: int, vocab: int) -> tuple[Tensor, Tensor, int]:
     """Of tokens some of which do not count, with the gradient of these logits; and how many numbers were sent."""
     group = GlooCommunicator("tensor", dist.group.WORLD, dist.distributed_c10d._get_default_store(), 20.0)
-    randomness = Randomness(torch.device("cpu"), 0, (0,), rank, active=False)
+    randomness = Randomness(torch.device("cpu"), 0, (0,), rank, drawn=False, shared=True)
     ranks = TensorRanks(group, randomness)
     logits, targets = tokens(vocab)
     padded = -(-vocab // world)
