@@ -257,7 +257,8 @@ class Engine(Queries, Saves, nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if self.monitor is not None:
             self.monitor.saw((arguments, keywords))
-        drawing = nullcontext() if self.randomness is None else self.randomness.forward()
+        randomness = self.randomness if self.module.training else None
+        drawing = nullcontext() if randomness is None else randomness.forward()
         with self._timed("forward"), self._autocast(), drawing:
             return self.module(*arguments, **keywords)
 

@@ -1,10 +1,10 @@
 """Random numbers of ranks that share a model: equal where they hold the same values, their own where they do not.
 
-While an engine's forward runs, torch's generators follow the config's seed, the rank's samples and the number of the
-forward, whatever the script has drawn; afterwards they go on where the script left them. Ranks of a tensor group so
-draw the same dropout masks. Inside of a region that they have cut, each draws its own: it is seeded with a number
-that all have drawn outside, and its rank. So no state is kept but the count of forwards, and a block that is computed
-again from the states at its beginning (engine/recompute.py) draws the same masks.
+While an engine's forward runs in training, torch's generators follow the config's seed, the rank's samples and the
+number of the forward, whatever the script has drawn; afterwards they go on where the script left them. Ranks of a
+tensor group so draw the same dropout masks. Inside of a region that they have cut, each draws its own: it is seeded
+with a number that all have drawn outside, and its rank. So no state is kept but the count of forwards, and a block
+that is computed again from the states at its beginning (engine/recompute.py) draws the same masks.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Randomness:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward of the model."""
+        """Around a forward of the model in training."""
         number, self.forwards = self.forwards, self.forwards + self.drawn
         if not self.active:
             yield

@@ -83,7 +83,7 @@ class RowLinear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         summed = leave(functional.linear(x, self.matrix()), self.ranks)
-        return summed if self.bias is None else summed + self.bias
+        return summed if self.bias is None else summed + self.bias.to(summed.dtype)  # fp32 under autocast
 
 
 class VocabEmbedding(nn.Module):
