@@ -129,17 +129,26 @@ def share_layers(
         groups.replicate([*model.parameters(), *model.buffers()], Role())
         ranks = TensorRanks(group, randomness, parallelism.sequence_parallel, keeps_products)
         parallelize(model, plan, ranks)
-    _replace_loss(planned, ranks)
+    _replace_loss(planned, ranks, own=not parallelism.plan)
     return randomness
 
 
-def _replace_loss(model: Any, ranks: TensorRanks) -> None:
-    """Have the model's loss made of logits that stay cut, where it is known how the model makes it."""
+def _replace_loss(model: Any, ranks: TensorRanks, *, own: bool) -> None:
+    """Have the model's loss made of logits that stay cut, where it is known how the model makes it.
+
+    Args:
+        own: the model's own plan was carried out.
+    """
     heads = [module for module in model.modules() if isinstance(module, VocabHead | VocabEmbedding)]
     if not heads:
         return
     rows = heads[-1].rows
     if hasattr(model, "readout"):
+        if not own:
+            raise ValueError(
+                f"parallel.plan cuts the vocabulary of a {type(model).__name__}, which has a tensor plan of its own;"
+                " leave parallel.plan out"
+            )
         model.readout = Readout(rows, ranks)
         return
     head = getattr(model, "lm_head", None)

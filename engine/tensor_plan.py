@@ -33,6 +33,9 @@ from .tensor_layers import ColumnLinear, RowLinear, Rows, VocabEmbedding, VocabH
 
 AXIS = "tensor"
 
+LAYERS = (ColumnLinear, RowLinear, VocabEmbedding, VocabHead)
+"""Modules that compute with a part of their weights."""
+
 Plan = Mapping[str, str]
 
 
@@ -83,6 +86,14 @@ class _Carpenter:
         for name, styles in self.styles.items():
             for style in styles:
                 self._apply(name, *style.split())
+        for name, module in self.model.named_modules():
+            held = [role_of(parameter) for parameter in module._parameters.values() if parameter is not None]
+            cuts = any(AXIS in role.cut and role.whole is not None for role in held)
+            if cuts and not isinstance(module, LAYERS):
+                raise ValueError(
+                    f"{name!r}, a {type(module).__name__}, shares a weight with a module that the tensor plan cuts;"
+                    " name it in the plan too"
+                )
 
     def _apply(self, name: str, style: str, *words: str) -> None:
         match style:

@@ -29,6 +29,13 @@ class Mlp(nn.Module):
         return self.fc2(torch.tanh(self.fc1(x))).square().mean()
 
 
+def tied() -> Mlp:
+    model = Mlp()
+    model.fc3 = nn.Linear(3, 5)
+    model.fc3.weight = model.fc1.weight
+    return model
+
+
 def refused(rank: int, world: int, model: nn.Module, parallel: dict[str, Any], stepped: bool = False) -> str:
     optimizer = torch.optim.AdamW(model.parameters())
     if stepped:
@@ -54,6 +61,8 @@ FC = {"*fc1": "column", "*fc2": "row"}
         (Mlp(), {"plan": {"fc1": "columns"}}, r"style of 'fc1' is 'columns'; allowed: column"),
         (Mlp(), {"plan": {"fc1": "column of 3"}}, r"fc1: 5 features are .* heads of 3, which 2 tensor ranks"),
         (Mlp(), {"plan": FC, "sequence_parallel": True}, r"no module of the tensor plan has the style 'split'"),
+        (tied(), {"plan": FC}, r"'fc3', a Linear, shares a weight with a module that the tensor plan cuts"),
+        (Transformer(LLAMA), {"plan": {"embedding": "vocabulary"}}, r"Transformer, which has a tensor plan of its own"),
         (Transformer(LLAMA), {"sequence_parallel": True}, r"a sequence of 7 tokens cannot be cut among 2"),
         (Transformer(replace(LLAMA, kv_heads=1)), {}, r"attention.qkv: 4 features are 1 heads of 4, .* 2 tensor ranks"),
     ],
