@@ -21,6 +21,7 @@ pipeline_acknowledge  when a sent message has surely arrived, told from the plan
 zero        the three booleans of a ZeRO stage; its traffic and its memory in closed form
 context     what attention sends over ranks that share each sequence
 experts     how many tokens an expert takes; what the exchange of tokens sends
+tensor      what tensor ranks send each other for a transformer, in closed form
 recompute   what a block keeps for its backward, the cheapest set under a budget, closed forms
 pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where
 pipeline_schedules  GPipe, 1F1B, interleaved, zero-bubble and others: their orders, promises, closed forms

@@ -57,6 +57,12 @@ durable         files that are whole or absent
 redundancy      what a run keeps more than once, as its config says it
 roles           what a parameter is to the ranks that share the model
 chunks          where a rank's elements lie in whole parameters, and parts put together again
+sharding        tensors cut in parts along a dimension, and put together again
+tensor_functions  how activations pass between what tensor ranks share and what they have cut
+tensor_layers   layers whose weights tensor ranks have cut; the loss of logits that nobody holds whole
+tensor_plan     which module is cut how, by patterns of names, and what carries it out
+tensor_models   the plans of known models; cuts the model of a run
+randomness      dropout of ranks that share a model: equal masks, or their own
 groups          the groups that collectives run on, along the axes of the config's mesh
 placement       where state rests, as the config says it
 tier            what one rank keeps off its device: files, buffers that units share

@@ -28,11 +28,13 @@ from .monitor import Monitor, monitor_for
 from .optim import unsharded
 from .optimizer import ShardedOptimizer
 from .queries import Queries, of_module
+from .randomness import Randomness
 from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
 from .stages import LayerList
+from .tensor_models import share_layers
 from .tier import Tiers
 from .transfer import Moved, Transfers
 from .zero import ZeroRuntime, reduce_order
@@ -92,6 +94,14 @@ def initialize(
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
     groups = groups_for(communicator, settings)
+    randomness = share_layers(
+        model,
+        settings.parallelism,
+        groups,
+        settings.seed,
+        optimizer=optimizer,
+        keeps_products=settings.activations.policy in ("selective", "budget"),
+    )
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
     kind = _kind_of_engine(model, settings)
@@ -99,6 +109,9 @@ def initialize(
     engine.criterion = criterion
     engine.lr_scheduler = scheduler_for(lr_scheduler, settings.scheduler, pattern, engine.optimizer)
     engine.collate = collate_fn
+    engine.randomness = randomness
+    if randomness.drawn:
+        engine.stateful["randomness"] = randomness
     loader = _loader(training_data, collate_fn, settings, groups.axis("data"))
     if loader is not None:
         engine.stateful["data_loader"] = loader
@@ -199,6 +212,7 @@ class Engine(Queries, Saves, nn.Module):
         self.criterion: Criterion | None = None
         self.timeout_s = timeout_s
         self.collate: Callable[[list[Any]], Any] | None = None
+        self.randomness: Randomness | None = None
         self.monitor: Monitor | None = monitor_for(
             settings.monitoring, communicator, model_device(model), groups.same_samples
         )
@@ -245,6 +259,7 @@ class Engine(Queries, Saves, nn.Module):
             settings.activations,
             model_device(model),
             visit=runtime.visiting,
+            group=None if settings.parallelism.sequence_parallel else self.groups.axis("tensor"),
             observer=communicator.observer,
         )
         return runtime
@@ -262,7 +277,9 @@ class Engine(Queries, Saves, nn.Module):
             self.monitor.saw((arguments, keywords))
         if self.context is not None:
             arguments, keywords = self.context.cut(arguments, keywords)
-        with self._timed("forward"), self._autocast():
+        randomness = self.randomness if self.module.training else None
+        drawing = nullcontext() if randomness is None else randomness.forward()
+        with self._timed("forward"), self._autocast(), drawing:
             return self.module(*arguments, **keywords)
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:

@@ -186,12 +186,17 @@ class GlooCommunicator(Communicator):
                     self._finish(self._plays.popleft())
 
     def play_until(self, wanted: "_Play") -> None:
-        """Play the queue up to one collective, unless somebody is at it."""
+        """Play the queue up to one collective, unless somebody is at it.
+
+        Dispatch modes of the caller (a recomputation that counts operators) do not see it: whether the caller plays is
+        chance.
+        """
         if not self._turn.acquire(blocking=False):
             return
         try:
-            while self._plays and not wanted.over:
-                self._finish(self._plays.popleft())
+            with _disable_current_modes():
+                while self._plays and not wanted.over:
+                    self._finish(self._plays.popleft())
         finally:
             self._turn.release()
 

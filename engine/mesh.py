@@ -1,5 +1,6 @@
 """How the ranks of a run are divided between the kinds of parallelism: a mesh of named axes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -33,6 +34,8 @@ class ParallelSection:
         order: all four axes, innermost first: ranks that are neighbours on the first are neighbours in the world.
         sequence_parallel: what tensor-parallel layers pass to each other is cut along the sequence, where it would
             else be on all of them (Korthikanti et al. 2022).
+        plan: how tensor ranks share the modules whose names match a pattern, for models that have no plan of their own
+            (engine/tensor_plan.py): `{"*.fc1": "column", "*.fc2": "row"}`.
     """
 
     __pydantic_config__ = STRICT
@@ -44,6 +47,7 @@ class ParallelSection:
     expert: int = 1
     order: tuple[str, ...] = ORDER
     sequence_parallel: bool = False
+    plan: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if sorted(self.order) != sorted(ORDER):
@@ -54,7 +58,7 @@ class ParallelSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallelism:
-    """Ranks by axis, as config states them; `data` None for all that the others leave."""
+    """Ranks by axis, as config states them; `data` None for all that the others leave. The rest is the section's."""
 
     data: int | None = None
     tensor: int = 1
@@ -64,6 +68,7 @@ class Parallelism:
     pipeline: int = 1
     order: tuple[str, ...] = field(default=ORDER)
     sequence_parallel: bool = False
+    plan: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(
@@ -102,6 +107,7 @@ class Parallelism:
             context_placement=section.context_placement,
             order=section.order,
             sequence_parallel=section.sequence_parallel,
+            plan=tuple(section.plan.items()),
             **sizes,
         )
 
@@ -133,6 +139,7 @@ class Parallelism:
             pipeline=self.pipeline,
             order=self.order,
             sequence_parallel=self.sequence_parallel,
+            plan=self.plan,
         )
 
     @property

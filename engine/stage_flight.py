@@ -4,12 +4,11 @@ The rank performs a rehearsal: micro-batches one after the other, so that a sing
 overlap is for the schedule's plan to say, with which `sim` composes a step; messages between stages are priced there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..collectives.pipeline import BACKWARD, FORWARD, INPUT, UPDATE, WEIGHT, Action, Plan, phase_name
 from ..collectives.trace import Trace

@@ -167,6 +167,9 @@ class Transformer(nn.Module):
 
     Args:
         spec: the sizes and variants.
+
+    Attributes:
+        readout: `readout` below; where tensor-parallel ranks share the vocabulary, another one takes its place.
     """
 
     rope: Tensor | None
@@ -175,6 +178,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.readout: Callable[[Tensor, Tensor, Tensor | None], Tensor] = readout
         self.embedding = Embedding(spec.vocab, spec.hidden)
         self.positions = Embedding(spec.seq, spec.hidden) if spec.positions == "learned" else None
         block = Block if spec.experts is None else ExpertBlock
@@ -254,11 +258,40 @@ class Transformer(nn.Module):
 
     def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         head = self.embedding if self.head is None else self.head
-        logits_BSV = functional.linear(self.norm(x_BSD), head.weight)
-        if targets_BS is None:
-            return logits_BSV
-        wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
-        return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
+        return self.readout(self.norm(x_BSD), head.weight, targets_BS)
+
+    def tensor_plan(self) -> dict[str, str]:
+        """How tensor-parallel ranks share the model: engine/tensor_plan.py."""
+        head, mlp = self.spec.head_size, "blocks.*.mlp"
+        attention: Attention = self.blocks[0].attention  # type: ignore[assignment,union-attr]
+        plan = {
+            "embedding": "vocabulary",
+            "blocks.0": "split",
+            "blocks.*.attention.qkv": f"column fused {'+'.join(map(str, attention.widths))} of {head}",
+            "blocks.*.attention.output": f"row of {head}",
+            "blocks.*.attention": "region, divide widths",
+            f"{mlp}.up": "column",
+            f"{mlp}.down": "row",
+            mlp: "region",
+            "blocks.*_norm": "norm",
+            "norm": "norm",
+        }
+        if self.spec.mlp == "swiglu":
+            plan[f"{mlp}.gate"] = "column"
+        if self.head is not None:
+            plan["head"] = "vocabulary"
+        if self.alibi is not None:
+            plan["alibi"] = "cut 1"
+        return plan
+
+
+def readout(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor | None) -> Tensor:
+    """Mean cross-entropy over all positions, in fp32 or wider (a scalar) with targets, else the logits BSV."""
+    logits_BSV = functional.linear(hidden_BSD, weight_VD)
+    if targets_BS is None:
+        return logits_BSV
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)  # a loss in 16 bits would not see small steps
+    return functional.cross_entropy(logits_BSV.to(wide).flatten(0, 1), targets_BS.flatten())
 
 
 def rope_table(seq: int, head_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from ..collectives.groups import Mesh, tiers_along
-from ..collectives.pipeline import FORWARD, UPDATE, Action, Plan, class_of, kept, phase_name, sent_messages
+from ..collectives.pipeline import FORWARD, UPDATE, Action, Plan, kept, phase_name, sent_messages
 from ..collectives.trace import Trace
 from .hardware import Cluster
 from .memory import Memory, replay_memory
@@ -20,6 +20,7 @@ from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compos
 from .replay import Replay, flops, replay, sent_bytes_by_axis
 from .result import BACKWARD_OVER_FORWARD, StepResult
 from .topology import topology
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
