@@ -186,6 +186,27 @@ class Plan:
         return Tag(gradient, stage, message.micro_batch)
 
 
+CLASSES = ("first", "middle", "last")
+"""Of the micro-batches of a step: the first finds gathers under way, the last reduces; the others are alike."""
+
+UPDATE = "update"
+"""What a flight calls the phase after the last action of a step."""
+
+_WORDS = {FORWARD: "forward", BACKWARD: "backward", INPUT: "input", WEIGHT: "weight"}
+
+
+def class_of(number: int, micro_batches: int) -> str:
+    """Which of CLASSES micro-batch `number` of a step is; a single one is the last."""
+    if number >= micro_batches - 1:
+        return "last"
+    return "first" if number == 0 else "middle"
+
+
+def phase_name(action: Action, micro_batches: int) -> str:
+    """What a flight calls the phase of an action in a step of so many: "forward middle 0", the last word its chunk."""
+    return f"{_WORDS[action.kind]} {class_of(action.micro_batch, micro_batches)} {action.chunk}"
+
+
 def needs(plan: Plan, rank: int, action: Action) -> Recv | None:
     """The message that an action needs, from `peer`, which may be the rank itself; None at the ends of the model."""
     stage = plan.stage(rank, action.chunk)

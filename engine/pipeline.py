@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from ..collectives.pipeline import Action, Plan
 from .batch import map_tensors
 from .communicator import Communicator
 from .config import Config
-from .device import DTYPES
 from .engine import Engine
 from .evaluation import evaluating
 from .flat import flat_units, narrow_buffers
@@ -23,8 +23,8 @@ from .pipeline_play import Duties, Held, Player
 from .pipeline_runtime import ChunkRuntime, PipelineRuntime
 from .pipeline_section import forwards_of, in_flight_by_stage
 from .recompute import recompute_blocks
-from .roles import Role, give_role, role_of
-from .stages import Chunk, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
+from .roles import give_role, role_of
+from .stages import Chunk, bounds_as_given, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
 
 
 class PipelineEngine(Engine):
@@ -44,7 +44,7 @@ class PipelineEngine(Engine):
         model, settings = self.module, self.settings
         _check(settings)
         self.pipeline: Communicator = self.groups.axis("pipeline")
-        self.plan = settings.pipeline.plan(self.pipeline.world, settings.accumulation)
+        self.plan = self._make_plan()
         self._training = settings.pipeline.posted(self.plan)
         self._evaluation = settings.pipeline.posted(forwards_of(self.plan))
         self.actions: list[Action] = []
@@ -54,7 +54,6 @@ class PipelineEngine(Engine):
         everything = self._cut(model)
         self._chunks = [chunk for chunk in everything if self.plan.place(chunk.number).rank == self.pipeline.rank]
         self._everything = everything
-        self._formats = [[(name, p.shape, p.dtype) for name, p in chunk.named_parameters()] for chunk in everything]
         blocks = repeated_blocks(model) if units is None else list(units)
         drop_others(model, self._chunks)
         taken: set[nn.Parameter] = set()
@@ -67,11 +66,17 @@ class PipelineEngine(Engine):
         self._stages = PipelineRuntime(runtimes, self.groups)
         return self._stages
 
+    def _make_plan(self) -> Plan:
+        return self.settings.pipeline.plan(self.pipeline.world, self.settings.accumulation)
+
     def _cut(self, model: nn.Module) -> list[Chunk]:
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
         layers, plan, section = layers_of(model), self.plan, self.settings.pipeline
         in_flight = in_flight_by_stage(plan)
-        self.bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
+        if section.partition == "layers":
+            self.bounds = bounds_as_given(section.layers, plan.stages, len(layers))
+        else:
+            self.bounds = bounds_of(model, layers, plan.stages, section.partition, section.costs, in_flight)
         chunks = chunks_of(model, layers, self.bounds)
         used = {parameter for chunk in chunks for parameter in chunk.parameters()}
         for name, parameter in model.named_parameters():
@@ -93,7 +98,7 @@ class PipelineEngine(Engine):
             )
         for parameter, ranks in tied.items():
             role = role_of(parameter)
-            give_role(parameter, Role(cut=role.cut, partial=(*role.partial, TIED)))
+            give_role(parameter, replace(role, partial=(*role.partial, TIED)))
             if TIED not in self.groups.beside:
                 self.groups = tying(self.groups, self.settings, ranks)
         return chunks
@@ -132,11 +137,15 @@ class PipelineEngine(Engine):
         for chunk in self._chunks:
             chunk.train()
         losses = self._pass(self._training, data_iter)
+        self._end_pass()
         self._stages.end_pipeline()
         self.micro_steps += self.settings.accumulation
         mean = self._mean(losses)
         self._take_step()
         return mean
+
+    def _end_pass(self) -> None:
+        """All micro-batches are through; a flight wants to know."""
 
     def eval_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """The mean loss of as many micro-batches as a step has, in evaluation mode without gradients.
@@ -153,14 +162,20 @@ class PipelineEngine(Engine):
         """All micro-batches through this rank's chunks; the losses that came out here."""
         inputs, targets = self._read(data_iter)
         if self._held is None:
-            with torch.no_grad(), self._autocast():
-                enters, leaves = learn_formats(self._chunks, self.plan, self.pipeline, inputs.get(0, ()), self.device)
-            self._held = Held(self._chunks, self._stages.chunks, enters, leaves)
+            self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))
         duties = Duties(self._loss, self.scale_loss, self._around)
-        player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
+        player = self._player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
         player.play()
         self.actions = player.actions
         return player.losses
+
+    def _learn_formats(self, inputs: tuple[Any, ...]) -> tuple[list[Format], list[Format]]:
+        """What each chunk of this rank takes and gives, from the inputs of the first one."""
+        with torch.no_grad(), self._autocast():
+            return learn_formats(self._chunks, self.plan, self.pipeline, inputs, self.device)
+
+    _player = Player
+    """Plays a plan; a flight has another one."""
 
     def _read(self, data_iter: Iterator[Any] | None) -> tuple[dict[int, Any], dict[int, Any]]:
         """Inputs and targets by micro-batch, where this rank has the first or the last chunk."""
@@ -229,30 +244,10 @@ class PipelineEngine(Engine):
 
     # The whole model #
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        mine = super().full_parameters()
-        found = {}
-        for chunk, parameters in zip(self._everything, self._formats, strict=True):
-            root = self.plan.place(chunk.number).rank
-            for name, shape, dtype in parameters:
-                if name in found:
-                    continue
-                value = mine[name].to(self.device) if self.pipeline.rank == root else None
-                if value is None:
-                    value = torch.empty(shape, dtype=DTYPES.get(self.settings.precision, dtype), device=self.device)
-                self.pipeline.broadcast(value, f"parameter {name}", root).wait()
-                found[name] = value.cpu()
-        return {name: found[name] for name, _ in self.module.named_parameters()}
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """As Engine's; buffers are those of the stage that computes with them."""
-        shown = super().full_state_dict()
-        for chunk in self._everything:
-            for name in (name for name, _ in chunk.named_buffers() if name in shown):
-                value = shown[name].to(self.device)
-                self.pipeline.broadcast(value, f"buffer {name}", self.plan.place(chunk.number).rank).wait()
-                shown[name] = value.cpu()
-        return shown
+    def own_state(self) -> dict[str, Any]:
+        here = {name for chunk in self._chunks for name in chunk.state_dict()}
+        elsewhere = {name for chunk in self._everything for name in chunk.state_dict()} - here
+        return {name: value for name, value in super().own_state().items() if name not in elsewhere}
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError(

@@ -105,12 +105,10 @@ class Player:
 
     def play(self) -> None:
         """Do all of it, and wait for what was sent."""
-        compute = {FORWARD: self._forward, BACKWARD: self._backward, INPUT: self._backward, WEIGHT: self._weights}
         for item in self.plan.programs[self.pipeline.rank]:
             match item:
                 case Action():
-                    compute[item.kind](item)
-                    self.actions.append(item)
+                    self.perform(item)
                 case Post():
                     self._post(item.messages)
                 case Wait():
@@ -121,6 +119,12 @@ class Player:
             self._sent(sent)
 
     # Computation #
+
+    def perform(self, action: Action) -> None:
+        """Compute."""
+        kinds = {FORWARD: self._forward, BACKWARD: self._backward, INPUT: self._backward, WEIGHT: self._weights}
+        kinds[action.kind](action)
+        self.actions.append(action)
 
     def _forward(self, action: Action) -> None:
         number, micro_batch = action.chunk, action.micro_batch

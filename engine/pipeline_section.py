@@ -17,16 +17,18 @@ class PipelineSection:
         schedule: by name: "sequential", "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v".
         chunks: of the model on each rank; left out: the fewest that the schedule can have.
         partition: which layers make a chunk: as equal as can be in "parameters", in number ("uniform"), in `costs`
-            ("cost"), or in bytes of states and activations ("memory").
+            ("cost"), in bytes of states and activations ("memory"), or as `layers` says ("layers").
         costs: of each layer; for "memory" the bytes of one micro-batch's activations.
+        layers: of each chunk, in the order of the model, how many.
         ahead: receives are posted so many forwards and backwards before their use.
     """
 
     __pydantic_config__ = STRICT
     schedule: str = "1f1b"
     chunks: int | None = None
-    partition: Literal["uniform", "parameters", "cost", "memory"] = "parameters"
+    partition: Literal["uniform", "parameters", "cost", "memory", "layers"] = "parameters"
     costs: tuple[float, ...] = ()
+    layers: tuple[int, ...] = ()
     ahead: int = 1
 
     def __post_init__(self) -> None:
@@ -37,6 +39,10 @@ class PipelineSection:
             raise ValueError(f"chunks = {self.chunks}; allowed: 1 or more")
         if self.ahead < 0:
             raise ValueError(f"ahead = {self.ahead}; allowed: 0 or more")
+        if bool(self.layers) != (self.partition == "layers") or any(count < 1 for count in self.layers):
+            raise ValueError(
+                f"layers = {list(self.layers)} and partition = {self.partition!r}; allowed: numbers >= 1 with 'layers'"
+            )
         if bool(self.costs) != (self.partition in ("cost", "memory")):
             raise ValueError(
                 f"{len(self.costs)} costs and partition = {self.partition!r}; allowed: costs with 'cost' and 'memory'"

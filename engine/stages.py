@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -176,6 +177,20 @@ def bounds_of(
         return balanced(costs, chunks)
     states = [float(STATE_BYTES * sum(p.numel() for p in parameters_of(model, layer))) for layer in layers]
     return balanced(states, chunks, costs, in_flight)
+
+
+def bounds_as_given(counts: Sequence[int], chunks: int, layers: int) -> tuple[int, ...]:
+    """Where the chunks begin and end in a row of so many layers, by how many layers each has.
+
+    Raises:
+        ValueError: not a number for each chunk, or numbers that do not make all layers.
+    """
+    if len(counts) != chunks or sum(counts) != layers:
+        raise ValueError(
+            f"pipeline.layers = {list(counts)}, {sum(counts)} layers in {len(counts)} chunks; allowed: the"
+            f" {layers} layers of the model in {chunks} chunks (stages * pipeline.chunks)"
+        )
+    return (0, *accumulate(counts))
 
 
 def chunks_of(model: nn.Module, layers: Sequence[Layer], bounds: Sequence[int]) -> list[Chunk]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..collectives.pipeline_schedules import SCHEDULES
 from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
+from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
@@ -29,6 +31,10 @@ SAID_BY_OPTIONS = (
 )  # fmt: skip
 """Keys of a DeepSpeed file that options say in full."""
 
+SIZES = ("dp_size", "mp_size", "pipeline_size")
+DIVIDING = ("mp_size", "pipeline_size", "parallel", "pipeline")
+"""Keys of a DeepSpeed file whose values options state."""
+
 OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 """Of a DeepSpeed file's section zero_optimization: where state rests."""
 
@@ -41,6 +47,7 @@ class Options:
     dp: int | None = None
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     interleave: int = 1
     schedule: str = "1f1b"
     zero: int | None = None
@@ -61,7 +68,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A job in full. `gpus` = dp * tp * pp; `accumulation` micro-steps of `micro_batch` make `global_batch`."""
+    """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`."""
 
     model: str
     cluster: str
@@ -69,6 +76,7 @@ class Layout:
     dp: int
     tp: int
     pp: int
+    cp: int
     interleave: int
     schedule: str
     zero: int
@@ -85,15 +93,6 @@ class Layout:
     fidelity: str
     clip: float
     engine: str
-
-
-ONLY_VALUE_SO_FAR: dict[str, Any] = {
-    "tp": 1,
-    "pp": 1,
-    "interleave": 1,
-    "sequence_parallel": False,
-}
-"""Options of the contract that the engine cannot perform yet, and the one value that means "without"."""
 
 
 def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
@@ -119,8 +118,9 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         dp=dp,
         tp=options.tp,
         pp=options.pp,
+        cp=options.cp,
         interleave=options.interleave,
-        schedule=options.schedule,
+        schedule=_schedule(options, model, accumulation),
         zero=options.zero or 0,
         micro_batch=micro_batch,
         global_batch=global_batch,
@@ -151,7 +151,7 @@ def _check(options: Options) -> None:
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
         "precision": (*PRECISIONS, None),
-        "schedule": ("1f1b",),
+        "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),
         "offload_to": ("host", "nvme"),
     }
@@ -160,29 +160,29 @@ def _check(options: Options) -> None:
         if value not in allowed:
             names = [str(choice) for choice in allowed if choice is not None]
             refuse(name, value, ", ".join(names) + nearest(str(value), names))
-    for name in ("gpus", "dp", "tp", "pp", "micro_batch", "global_batch", "seq"):
+    for name in ("gpus", "dp", "tp", "pp", "cp", "interleave", "micro_batch", "global_batch", "seq"):
         value = getattr(options, name)
         if value is not None and value < 1:
             refuse(name, value, "an integer >= 1")
-    for name, only in ONLY_VALUE_SO_FAR.items():
-        if getattr(options, name) != only:
-            refuse(name, getattr(options, name), f"{only!r}, the engine performs nothing else yet")
+    if options.sequence_parallel and options.tp == 1:
+        refuse("sequence_parallel", True, "with tp > 1, whose ranks share the sequence")
     Zero.of_stage(options.zero or 0)
 
 
 def _ranks(options: Options, cluster: Cluster) -> tuple[int, int]:
     """(GPUs, data-parallel ranks)."""
-    model_parallel = options.tp * options.pp
+    model_parallel = options.tp * options.pp * options.cp
     gpus = options.gpus
     if gpus is None:
         gpus = options.dp * model_parallel if options.dp else (cluster.gpus or cluster.gpus_per_node)
     cluster.check_gpus(gpus)
     if gpus % model_parallel:
-        refuse("gpus", gpus, f"a multiple of tp * pp = {options.tp} * {options.pp} = {model_parallel}")
+        product = f"tp * pp * cp = {options.tp} * {options.pp} * {options.cp} = {model_parallel}"
+        refuse("gpus", gpus, f"a multiple of {product}")
     dp = gpus // model_parallel
     if options.dp is not None and options.dp != dp:
-        product = f"{options.dp} * {options.tp} * {options.pp} = {options.dp * model_parallel}"
-        refuse("dp", options.dp, f"dp * tp * pp must be the number of GPUs, but {product} and gpus = {gpus}")
+        product = f"{options.dp} * {options.tp} * {options.pp} * {options.cp} = {options.dp * model_parallel}"
+        refuse("dp", options.dp, f"dp * tp * pp * cp must be the number of GPUs, but {product} and gpus = {gpus}")
     return gpus, dp
 
 
@@ -194,6 +194,24 @@ def _batches(options: Options, dp: int) -> tuple[int, int, int]:
     if global_batch % per_step:
         refuse("global_batch", global_batch, f"a multiple of micro-batch * dp = {micro_batch} * {dp} = {per_step}")
     return micro_batch, global_batch, global_batch // per_step
+
+
+def _schedule(options: Options, model: ModelSpec, micro_batches: int) -> str:
+    """The schedule's name; with several chunks per rank 1F1B is the interleaved one."""
+    if options.pp == 1 and options.interleave > 1:
+        refuse("interleave", options.interleave, "1 without pipeline stages (pp = 1)")
+    if options.pp * options.interleave > model.layers:
+        product = f"pp * interleave = {options.pp} * {options.interleave}"
+        refuse("pp", options.pp, f"{product} at most the {model.layers} layers of {model.name}")
+    if options.pp > 1 and (options.zero or 0) == 3:
+        refuse("zero", 3, "0, 1 or 2 with a pipeline, whose micro-batches would gather every parameter anew")
+    least, _ = SCHEDULES[options.schedule].chunks
+    if options.pp > 1 and options.interleave < least:
+        refuse("interleave", options.interleave, f"at least {least} with schedule = {options.schedule}")
+    name = "interleaved" if options.schedule == "1f1b" and options.interleave > 1 else options.schedule
+    if options.pp > 1:
+        SCHEDULES[name].check(options.pp, micro_batches, options.interleave)
+    return name
 
 
 def _precision(options: Options, cluster: Cluster) -> str:
@@ -219,9 +237,10 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
     _check(given)
     if given.dp is None and given.gpus is None:
         raise ValueError("gpus is missing; allowed: an integer >= 1, because --config states batch sizes for all ranks")
-    ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp)
-    config = Config.read(source, ranks)
-    _, keys = load_json(source)
+    where, keys = load_json(source)
+    given = _divided(given, keys, where)
+    ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp * given.cp)
+    config = Config.read({name: value for name, value in keys.items() if name not in DIVIDING}, ranks)
     said = dict(_rest(keys))
     offload, offload_to = _offload(given, config.placement)
     return replace(
@@ -236,6 +255,38 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
         offload_to=offload_to,
         recompute=given.recompute or config.activations.policy,
         recompute_budget=_budget(given, config.activations),
+    )
+
+
+def _divided(given: Options, keys: Mapping[str, Any], where: str) -> Options:
+    """With what a file says of ranks by axis and of the pipeline, where the command line says nothing."""
+    from dataclasses import replace
+
+    from ..engine.mesh import Parallelism, ParallelSection
+    from ..engine.pipeline_section import PipelineSection
+
+    sizes = Parallelism.of(
+        read_into(ParallelSection, keys.get("parallel", {}), f"{where}: parallel"),
+        dp_size=keys.get("dp_size"),
+        mp_size=keys.get("mp_size", 1),
+        pipeline_size=keys.get("pipeline_size", 1),
+        where=where,
+    )
+    pipeline = read_into(PipelineSection, keys.get("pipeline", {}), f"{where}: pipeline")
+    if pipeline.partition not in ("parameters", "uniform"):
+        raise ValueError(
+            f"{where}: pipeline.partition = {pipeline.partition!r}; allowed in a simulation: leave it out, stages get"
+            " equal numbers of blocks"
+        )
+    asked = given.schedule != "1f1b" or given.interleave > 1
+    return replace(
+        given,
+        tp=given.tp if given.tp > 1 else sizes.tensor,
+        pp=given.pp if given.pp > 1 else sizes.pipeline,
+        cp=given.cp if given.cp > 1 else sizes.context,
+        sequence_parallel=given.sequence_parallel or sizes.sequence_parallel,
+        schedule=given.schedule if asked else pipeline.schedule,
+        interleave=given.interleave if asked else pipeline.chunks or 1,
     )
 
 
@@ -281,12 +332,39 @@ def engine_config(layout: Layout) -> dict[str, Any]:
         "fp16": {"enabled": layout.precision == "fp16"},
         "activation_checkpointing": {"policy": layout.recompute, "budget_bytes": layout.recompute_budget},
     }
+    sections |= _parallel_sections(layout)
     return {
         "optimizer": ADAMW,
-        **keys,
+        **{name: value for name, value in keys.items() if name not in SIZES},
         **{name: {**keys.get(name, {}), **said} for name, said in sections.items()},
         "gradient_clipping": layout.clip,
     }
+
+
+def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
+    """How a model is divided among ranks, as a file says it; nothing where it is not."""
+    sections: dict[str, dict[str, Any]] = {}
+    if layout.tp * layout.cp * layout.pp > 1:
+        sizes = {"tensor": layout.tp, "context": layout.cp, "pipeline": layout.pp}
+        sections["parallel"] = {**sizes, "sequence_parallel": layout.sequence_parallel}
+    if layout.pp > 1:
+        sections["pipeline"] = {"schedule": layout.schedule, "chunks": layout.interleave}
+    return sections
+
+
+def computes_in(layout: Layout) -> str:
+    """The precision of the matmuls, whose peak utilisation is measured against: that of autocast where it is on."""
+    autocast = json.loads(layout.engine).get("torch_autocast", {})
+    return AUTOCAST_FORMATS[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else layout.precision
+
+
+def counts_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether a block does what it does because of how many there are; then a shallow model does not stand for it."""
+    activations = config["activation_checkpointing"]
+    whole = activations.get("contiguous_memory_optimization", False) or activations["policy"] == "budget"
+    # Where a share of the units rests elsewhere, two blocks that are alike do not stand for all.
+    partly = config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0
+    return whole or partly or activations.get("every", 1) != 1
 
 
 def _offload_sections(layout: Layout, keys: Mapping[str, Any]) -> dict[str, Any]:

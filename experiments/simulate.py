@@ -11,14 +11,14 @@ from typing import Any
 from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
 from ..collectives.trace_file import dumps
 from ..engine.pilot import Plan, fly
-from ..engine.precision import AUTOCAST_FORMATS
 from ..sim.hardware import Cluster, load_cluster
 from ..sim.memory import replay_memory
 from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
-from .layout import OFFLOAD_KEYS, Layout, Options, engine_config, from_deepspeed, resolve
+from .layout import OFFLOAD_KEYS, Layout, Options, computes_in, counts_blocks, engine_config, from_deepspeed, resolve
 from .models import ModelSpec, load_model
+from .pipeline import simulate_pipeline
 
 SECONDS_PER_DAY = 86_400
 
@@ -46,6 +46,8 @@ def simulate(
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     chosen = Options(**options)
     layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
+    if layout.pp > 1:
+        return simulate_pipeline(spec, layout, machine, began)
     trace = flight(spec, layout)
     return price(
         trace,
@@ -69,7 +71,7 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
     """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
     return _flight(
         spec,
-        world=layout.dp,
+        world=layout.gpus,
         micro_batch=layout.micro_batch,
         seq=layout.seq,
         accumulation=layout.accumulation,
@@ -81,10 +83,7 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
 def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumulation: int, engine: str) -> Trace:
     config = json.loads(engine)
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
-    # Where a share of the units rests elsewhere, two blocks that are alike do not stand for all.
-    partly = config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0
-    counted = partly or _counts_blocks(config["activation_checkpointing"])
-    shallow = spec if counted else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
+    shallow = spec if counts_blocks(config) else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
         arguments={"spec": shallow, "batch": micro_batch, "seq": seq},
@@ -98,18 +97,6 @@ def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumula
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
         trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
-
-
-def computes_in(layout: Layout) -> str:
-    """The precision of the matmuls, whose peak utilisation is measured against: that of autocast where it is on."""
-    autocast = json.loads(layout.engine).get("torch_autocast", {})
-    return AUTOCAST_FORMATS[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else layout.precision
-
-
-def _counts_blocks(activations: Mapping[str, Any]) -> bool:
-    """Whether a block does what it does because of how many there are; then a shallow model does not stand for it."""
-    whole = activations.get("contiguous_memory_optimization", False) or activations["policy"] == "budget"
-    return whole or activations.get("every", 1) != 1
 
 
 def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:

@@ -68,8 +68,8 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
         breakdown_s=breakdown,
         phases_s=tuple((phase.name, seconds) for phase, seconds in rank.phases_s if phase.step == 2),
         sent_bytes=sent_bytes_by_axis(trace, rank.network),
-        forward_flops=_flops(trace, forward_only=True),
-        executed_flops=_flops(trace, forward_only=False),
+        forward_flops=flops(trace, forward_only=True),
+        executed_flops=flops(trace, forward_only=False),
         spans=spans,
         events=rank.env.steps,
     )
@@ -263,7 +263,7 @@ ATTENTION_BACKWARD_SHARE = 4 / 5
 """Fused attention multiplies five times in backward, once to make the scores again; model FLOPs count four."""
 
 
-def _flops(trace: Trace, *, forward_only: bool) -> float:
+def flops(trace: Trace, *, forward_only: bool) -> float:
     total = 0.0
     for call, times in _steady(trace):
         if forward_only and not call.key.startswith("forward"):

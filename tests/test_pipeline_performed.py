@@ -1,7 +1,7 @@
 """Pipeline schedules performed on Gloo ranks: the same training as one process, in the order of the plan."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from small_models import SAMPLES, Batch, regression_batch, token_batch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
+from windtunnel.engine.communicator import Handle, Letter
 from windtunnel.engine.config import Config
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.pipeline import PipelineEngine
@@ -294,6 +295,50 @@ def test_a_loader_and_metrics(two_ranks: World, tmp_path: Path) -> None:
     (lines,) = [path.read_text().splitlines() for path in tmp_path.rglob("*.jsonl")]
     assert len(lines) == 3
     assert str(first)[:8] in lines[-1]
+
+
+# Buffers #
+
+
+def sent_from_a_landing(rank: int, world: int) -> tuple[int, int]:
+    """How many messages were sent, and how many from where others are received.
+
+    One chunk returns a view of what it takes. Landings are kept, so nothing else is ever at their addresses.
+    """
+    torch.manual_seed(0)
+    row = [nn.Linear(7, 11).double(), flat, nn.Linear(11, 5).double(), nn.Linear(5, 3).double()]
+    config = Case("layers", "interleaved", keys=(("partition", "uniform"),)).config()
+    engine, *_ = initialize(row, functional.mse_loss, config, timeout_s=20.0)
+    assert isinstance(engine, PipelineEngine)
+    landings: set[int] = set()
+    sent: list[bool] = []
+    exchange = engine.pipeline.exchange
+
+    def look(letters: Sequence[Letter]) -> list[Handle]:
+        landings.update(letter.buffer.data_ptr() for letter in letters if is_landing(letter))
+        sent.extend(letter.buffer.data_ptr() in landings for letter in letters if letter.kind == "send")
+        return exchange(letters)
+
+    engine.pipeline.exchange = look  # type: ignore[method-assign]
+    engine.train_batch(micro_batches(Case("layers"), 0, 0, 1))
+    engine.eval_batch(micro_batches(Case("layers"), 0, 0, 1))
+    engine.close()
+    return len(sent), sum(sent)
+
+
+def is_landing(letter: Letter) -> bool:
+    """It is received, and more than the description of shapes that comes once."""
+    return letter.kind == "recv" and letter.buffer.is_floating_point()
+
+
+def flat(h: Tensor) -> Tensor:
+    return h.view(-1, 11)
+
+
+def test_nothing_is_sent_from_where_something_is_received(two_ranks: World) -> None:
+    for sent, from_landings in two_ranks.run(sent_from_a_landing):
+        assert sent > 0
+        assert from_landings == 0
 
 
 # The whole model #

@@ -1,0 +1,93 @@
+"""Flies one rank of a pipeline: what its chunks do with a micro-batch, each action a phase of the trace.
+
+The rank performs a rehearsal: micro-batches one after the other, so that a single one is in flight. How they really
+overlap is for the schedule's plan to say, with which `sim` composes a step; messages between stages are priced there.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..collectives.pipeline import BACKWARD, FORWARD, INPUT, UPDATE, WEIGHT, Action, Plan, phase_name
+from ..collectives.trace import Trace
+from .device import DTYPES
+from .pilot import StageToFly
+from .pipeline import PipelineEngine
+from .pipeline_format import Format
+from .pipeline_play import Player
+from .recorder import Recorder
+
+
+def rehearsal(plan: Plan, micro_batches: int) -> Plan:
+    """The chunks of a plan, for so many micro-batches, one at a time: forwards through all, backwards through all."""
+    splits = any(action.kind == WEIGHT for action in plan.actions(0))
+    backward = (INPUT, WEIGHT) if splits else (BACKWARD,)
+    program = tuple(
+        action
+        for number in range(micro_batches)
+        for action in (
+            *(Action(FORWARD, chunk, number) for chunk in range(plan.chunks)),
+            *(Action(kind, chunk, number) for chunk in reversed(range(plan.chunks)) for kind in backward),
+        )
+    )
+    return replace(
+        plan,
+        schedule="rehearsal",
+        micro_batches=micro_batches,
+        micro_batches_per_step=micro_batches,
+        most_in_flight=(plan.chunks,) * plan.ranks,
+        programs=(program,) * plan.ranks,
+    )
+
+
+class FlownStage(PipelineEngine):
+    """A pipeline rank in a flight.
+
+    Attributes:
+        flown: which rank, and what stages hand to each other; set on the class that a flight makes.
+        recorder: of the flight; likewise.
+        flown_step: 1 or 2, the step under way.
+    """
+
+    flown: StageToFly
+    recorder: Recorder
+    flown_step = 1
+
+    def _make_plan(self) -> Plan:
+        section, ranks = self.settings.pipeline, self.pipeline.world
+        return rehearsal(section.plan(ranks, ranks), self.settings.accumulation)
+
+    def _learn_formats(self, inputs: tuple[Any, ...]) -> tuple[list[Format], list[Format]]:
+        between: Format = ((torch.Size(self.flown.shape), DTYPES[self.flown.dtype]),)
+        enters = [() if chunk.first else between for chunk in self._chunks]
+        return enters, [() if chunk.last else between for chunk in self._chunks]
+
+    def _player(self, *arguments: Any) -> Player:
+        recorder, step = self.recorder, self.flown_step
+
+        class Announcing(Player):
+            """Tells the recorder which action comes."""
+
+            def perform(self, action: Action) -> None:
+                recorder.phase(phase_name(action, self.plan.micro_batches), step)
+                super().perform(action)
+
+        return Announcing(*arguments)
+
+    def _end_pass(self) -> None:
+        self.recorder.phase(UPDATE, self.flown_step)
+
+
+def fly_stage(engine: FlownStage, make_batch: Callable[[], tuple], recorder: Recorder) -> Trace:
+    """The trace of two steps of a pipeline rank."""
+    for step in (1, 2):
+        engine.flown_step = step
+        recorder.phase("begin", step)
+        with torch.device("sim"):
+            batches = [make_batch() for _ in range(engine.settings.accumulation)]
+        engine.train_batch(iter(batches))
+        del batches
+    return recorder.trace()  # here, where the engine and its memory are still alive

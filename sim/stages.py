@@ -1,0 +1,223 @@
+"""A step of a pipelined job: the traces of its chunks priced action by action, and composed by the plan.
+
+Each *distinct* chunk of the model is flown once (engine/flight.py): its forward and its backward, as phases of their
+own, for the first, a middle and the last micro-batch, and the update that follows. The plan says how often and in which
+order a rank does them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from ..collectives.groups import Mesh, tiers_along
+from ..collectives.pipeline import FORWARD, UPDATE, Action, Plan, class_of, kept, phase_name, sent_messages
+from ..collectives.trace import Trace
+from .hardware import Cluster
+from .memory import Memory, replay_memory
+from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
+from .replay import Replay, flops, replay, sent_bytes_by_axis
+from .result import BACKWARD_OVER_FORWARD, StepResult
+from .topology import topology
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a pipeline rank's work costs.
+
+    Attributes:
+        replay: of the flight, whose sums are of a whole step.
+        memory: with one micro-batch in flight.
+        resting: bytes by category between steps.
+        kept_bytes: by chunk, what a forward leaves behind until its backward has ended.
+    """
+
+    replay: Replay
+    memory: Memory
+    resting: Mapping[str, int]
+    kept_bytes: tuple[int, ...]
+
+    def seconds(self, action: Action, micro_batches: int) -> Mapping[str, float]:
+        """By cause, of an action in a step of so many micro-batches."""
+        return dict(self.replay.phases_s)[phase_name(action, micro_batches)]
+
+    @property
+    def update_s(self) -> Mapping[str, float]:
+        return dict(self.replay.phases_s)[UPDATE]
+
+    def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
+        """Of an action on any micro-batch of a step."""
+
+        def total(number: int) -> float:
+            return sum(self.seconds(Action(kind, chunk, number), micro_batches).values())
+
+        last = micro_batches - 1
+        return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
+
+
+def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
+    """Replay the flight of a rank.
+
+    Args:
+        trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
+    """
+    played = replay(trace, cluster, fidelity=fidelity)
+    middles = max(1, plan.micro_batches_per_step - 2)
+    phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
+    counted = replace(trace, phases=tuple(phases))
+    return Stage(
+        replay=replace(
+            played,
+            sent_bytes=sent_bytes_by_axis(counted, topology(cluster, Mesh.of(trace.world).world)),
+            forward_flops=flops(counted, forward_only=True),
+            executed_flops=flops(counted, forward_only=False),
+        ),
+        memory=replay_memory(trace, cluster.processor),
+        resting=_left(trace, cluster, 0),
+        kept_bytes=tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
+    )
+
+
+def _kept(trace: Trace, cluster: Cluster, chunk: int) -> int:
+    """Bytes that a forward of the last micro-batch leaves behind."""
+    steady = [phase.name for phase in trace.phases if phase.step == 2]
+    number = steady.index(phase_name(Action(FORWARD, chunk, 0), 1))
+    return sum(_left(trace, cluster, number + 1).values()) - sum(_left(trace, cluster, number).values())
+
+
+def _left(trace: Trace, cluster: Cluster, phases: int) -> Mapping[str, int]:
+    """Bytes by category after so many phases of the steady step."""
+    steady = next(number for number, phase in enumerate(trace.phases) if phase.step == 2)
+    return replay_memory(replace(trace, phases=trace.phases[: steady + phases]), cluster.processor).left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """The most memory of a pipeline rank: by category, and what the allocator reserves."""
+
+    peak: dict[str, int]
+    reserved_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+def rank_memory(plan: Plan, rank: int, stage: Stage) -> RankMemory:
+    """The flight's peak, with as many activations besides as the plan keeps at most.
+
+    That the hungriest chunk is at its peak when most is in flight is an upper bound, and exact where chunks are alike.
+    """
+    most, now = 0, 0
+    for action in plan.actions(rank):
+        now += kept(action) * stage.kept_bytes[action.chunk]
+        most = max(most, now)
+    peak = dict(stage.memory.peak)
+    peak["activations"] += max(0, most - max(stage.kept_bytes))
+    rounding = stage.memory.reserved_bytes / stage.memory.total_bytes
+    return RankMemory(peak=peak, reserved_bytes=round(sum(peak.values()) * rounding))
+
+
+def price_pipeline(
+    plan: Plan,
+    stages: Sequence[Stage],
+    cluster: Cluster,
+    mesh: Mesh,
+    *,
+    message_bytes: int,
+    precision: str,
+    tokens_per_step: int,
+    layout: Mapping[str, Any],
+    since: float | None = None,
+) -> StepResult:
+    """What a step of a pipelined job costs.
+
+    Args:
+        plan: with its messages.
+        stages: by pipeline rank.
+        mesh: of the whole job, with an axis "pipeline".
+        message_bytes: what a rank sends of a micro-batch to the next stage, and back.
+        precision, tokens_per_step, layout, since: as for `price`.
+    """
+    began = perf_counter() if since is None else since
+    link = _link(cluster, mesh, message_bytes)
+    step = compose(plan, [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)], link)
+    memories = [rank_memory(plan, rank, stage) for rank, stage in enumerate(stages)]
+    memory = max(memories, key=lambda one: one.total_bytes)
+    model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
+    executed_flops = sum(stage.replay.executed_flops for stage in stages) / plan.ranks
+    processor = cluster.processor
+    sent = [_sent(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
+    return StepResult(
+        step_time_s=step.step_s,
+        tokens_per_s=tokens_per_step / step.step_s,
+        tflops_per_gpu=model_flops / step.step_s / 1e12,
+        hardware_tflops_per_gpu=executed_flops / step.step_s / 1e12,
+        mfu=model_flops / step.step_s / processor.peak_flops[precision],
+        breakdown_s=_breakdown(plan, step, stages),
+        peak_memory_bytes={
+            **memory.peak,
+            "total": memory.total_bytes,
+            "reserved": memory.reserved_bytes,
+            "framework": processor.framework_bytes,
+        },
+        fits=max(one.reserved_bytes for one in memories) + processor.framework_bytes <= processor.memory_bytes,
+        bytes_sent_per_gpu={
+            "total": round(sum(sum(one.values()) for one in sent) / plan.ranks),
+            "max": max(sum(one.values()) for one in sent),
+            "by_axis": {axis: round(sum(one[axis] for one in sent) / plan.ranks) for axis in sent[0]},
+        },
+        model_state_bytes=max(sum(stage.memory.state.values()) for stage in stages),
+        offloaded_bytes_per_node=_offloaded(stages, cluster, mesh),
+        wall_s=perf_counter() - began,
+        events=step.events + sum(stage.replay.events for stage in {id(each): each for each in stages}.values()),
+        layout={**layout, "gpus": mesh.world},
+    )
+
+
+def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+    kinds = {(action.kind, action.chunk) for action in plan.actions(rank)}
+    return StagePrice(
+        actions={place: stage.price(*place, plan.micro_batches_per_step) for place in kinds},
+        after_s=sum(stage.update_s.values()),
+    )
+
+
+def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[str, float]:
+    """Of the rank that is idle least, by cause."""
+    rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
+    per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
+    causes = Counter(stages[rank].update_s)
+    for action in plan.actions(rank):
+        within = replace(action, micro_batch=action.micro_batch % per_step)
+        for cause, seconds in stages[rank].seconds(within, per_step).items():
+            causes[cause] += seconds / steps
+    causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s
+    causes["bubble"] = step.step_s - sum(seconds for cause, seconds in causes.items() if cause != "bubble")
+    return dict(causes)
+
+
+def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
+    """Seconds of a message between pipeline ranks, while all ranks beside them send theirs."""
+    tiers = tiers_along(mesh.placement("pipeline"), topology(cluster, mesh.world).tiers)
+
+    def seconds(what: str, sender: int, receiver: int) -> float:
+        joins = next(tier for tier in tiers if sender // tier.ranks == receiver // tier.ranks)
+        return joins.latency_s + message_bytes / joins.bytes_per_s
+
+    return seconds
+
+
+def _sent(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by axis."""
+    steps = plan.micro_batches // plan.micro_batches_per_step
+    sent = Counter(stage.replay.sent_bytes)
+    sent["pipeline"] += sum(sent_messages(plan, rank).values()) * message_bytes // steps
+    return dict(sent)
+
+
+def _offloaded(stages: Sequence[Stage], cluster: Cluster, mesh: Mesh) -> dict[str, int]:
+    """Bytes off the devices of the fullest node, by tier."""
+    tiers = stages[0].memory.elsewhere
+    ranks = min(cluster.gpus_per_node, mesh.world)
+    return {tier: ranks * max(stage.memory.elsewhere[tier] for stage in stages) for tier in tiers}
