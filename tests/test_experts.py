@@ -1,6 +1,7 @@
 """Mixture of experts: gating against a loop over tokens, ranks against one process, bytes in closed form."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -231,6 +232,31 @@ def test_two_ranks_equal_one_process(two_ranks: World, case: Case) -> None:
 )
 def test_four_ranks_equal_one_process(four_ranks: World, case: Case) -> None:
     check(four_ranks, case)
+
+
+def save_and_load(rank: int, world: int, folder: str, saved: Case, loaded: Case) -> float:
+    """Go on for a step from a checkpoint with experts elsewhere: the largest difference from having gone on."""
+    first, *_ = initialize(saved.build(), config=saved.config(), timeout_s=20.0)
+    again, *_ = initialize(loaded.build(), config=loaded.config(), timeout_s=20.0)
+    for step, engines in enumerate(((first,), (first, again))):
+        if step == 1:
+            first.save_checkpoint(folder)
+            again.load_checkpoint(folder)
+        for engine in engines:
+            engine.backward(engine(*(part.chunk(world)[rank] for part in batch(step))))
+            engine.step()
+    ours, theirs = first.full_parameters(), again.full_parameters()
+    first.close()
+    again.close()
+    return max(float((ours[name] - theirs[name]).norm() / ours[name].norm()) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(Case(stage=2), Case(expert=1, stage=1)), (Case(expert=1, stage=3), Case(stage=0))]
+)
+def test_checkpoints_load_with_experts_elsewhere(two_ranks: World, tmp_path: Path, saved: Case, loaded: Case) -> None:
+    for difference in two_ranks.run(save_and_load, str(tmp_path), saved, loaded):
+        assert difference <= TOLERANCE
 
 
 def evaluate(rank: int, world: int, case: Case) -> tuple[float, int]:
