@@ -15,6 +15,10 @@ JOINED = "*"
 """Between the names of axes that make one group together: "shard*replica" are all data-parallel ranks."""
 
 
+PIPELINE, TIED = "pipeline", "tied"
+"""The axis of stages, and that of the two stages of each pipeline that hold one parameter together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How the groups of an axis lie among `world` ranks: `size` ranks each, `stride` apart, all at work at once.
@@ -96,9 +100,13 @@ class Mesh:
     def placement(self, axis: str) -> Placement:
         """How the groups of an axis lie, or of several neighbouring ones.
 
+        Two stages that are tied count as neighbours: what lies between them is as fast between any two.
+
         Raises:
             ValueError: no such axis, or joined axes with another one between them, whose ranks have no single stride.
         """
+        if axis == TIED:
+            return replace(self.placement(PIPELINE), size=2)
         inside, names = self._named(axis), [name for name, _ in self.axes]
         first = names.index(inside[0])
         if tuple(names[first : first + len(inside)]) != inside:

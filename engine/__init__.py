@@ -23,6 +23,7 @@ pipeline        PipelineEngine: a step of a model whose layers are on several ra
 pipeline_section  the config's section on it, and the plans that follow
 pipeline_format  what chunks hand to each other: shapes, found once
 pipeline_play   one rank's program of a plan: forwards, backwards, messages
+stage_flight    flies one rank of a pipeline: its chunks one micro-batch at a time, each action a phase
 pipeline_runtime  ZeRO under a pipeline: several micro-batches under way, chunks as one
 deferred        linear layers whose weight gradients come after backward
 letters         messages between two CPU ranks
@@ -57,7 +58,7 @@ durable         files that are whole or absent
 redundancy      what a run keeps more than once, as its config says it
 roles           what a parameter is to the ranks that share the model
 chunks          where a rank's elements lie in whole parameters, and parts put together again
-sharding        tensors cut in parts along a dimension, and put together again
+sharding        tensors cut in parts along a dimension
 tensor_functions  how activations pass between what tensor ranks share and what they have cut
 tensor_layers   layers whose weights tensor ranks have cut; the loss of logits that nobody holds whole
 tensor_plan     which module is cut how, by patterns of names, and what carries it out

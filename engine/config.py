@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..collectives.algorithms import KINDS, algorithm
+from ..collectives.groups import Mesh
 from ..collectives.tiers import Tier
 from ..collectives.zero import Zero
 from ..reading import STRICT, read_into
@@ -296,6 +297,11 @@ class Config:
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
         """dtype of the parameters: "as is" keeps the model's own."""
         return self.formats.parameters
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes of all ranks, innermost first, those of data as the run keeps it more than once."""
+        return self.parallelism.mesh(self.redundancy.mesh(self.sample_ranks))
 
     @property
     def sample_ranks(self) -> int:

@@ -119,13 +119,13 @@ def initialize(
 
 
 def _kind_of_engine(model: nn.Module, settings: Config) -> "type[Engine]":
-    """What performs the model: stages, or all of it at once. A flight is of one stage, which is a model to it."""
+    """What performs the model: stages, or all of it at once."""
     staged = settings.parallelism.pipeline > 1 or isinstance(model, LayerList)
-    if not staged or model_device(model).type == "sim":
+    if not staged:
         return Engine
-    from .pipeline import PipelineEngine
+    from .pipeline import PipelineEngine, performer
 
-    return PipelineEngine
+    return performer.get(PipelineEngine)
 
 
 def _told_apart(criterion: Any, config: Keys | None) -> tuple[Criterion | None, Keys | None]:

@@ -7,7 +7,8 @@ import importlib
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,12 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..collectives.groups import Mesh
 from ..collectives.shift import KIND as SHIFT
 from ..collectives.trace import Collective, Trace
-from .communicator import DTYPE_NAMES, Call, Communicator, Handle
+from .communicator import DONE, DTYPE_NAMES, Call, Communicator, Handle, SoloCommunicator
+from .config import Config
 from .engine import initialize
 from .partition import repeated_blocks
 from .pilot import Plan
+from .pipeline import performer
 from .recorder import Address, Recorder
 from .sim_device import register
+from .stage_flight import FlownStage, flown_stage, fly_stage
 
 NOT_FLOWN = 1 << 30
 """A step that no flight gets to."""
@@ -33,13 +37,23 @@ NOT_FLOWN = 1 << 30
 class SimCommunicator(Communicator):
     """Writes down what would be sent."""
 
-    def __init__(self, axis: str, world: int, recorder: Recorder) -> None:
-        super().__init__(axis, rank=0, world=world)
+    def __init__(self, axis: str, world: int, recorder: Recorder, rank: int = 0) -> None:
+        super().__init__(axis, rank, world)
         self.observer = self.recorder = recorder
 
     def along(self, mesh: Mesh, axis: str) -> Communicator:
         self.recorder.world = mesh.sizes
-        return SimCommunicator(axis, mesh.placement(axis).size, self.recorder)
+        return super().along(mesh, axis)
+
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
+        mine = next((group for group in members if self.rank in group), (self.rank,))
+        if len(mine) == 1:
+            return SoloCommunicator(axis)
+        return SimCommunicator(axis, len(mine), self.recorder, mine.index(self.rank))
+
+    def post(self, calls: Sequence[Call]) -> list[Handle]:
+        """Messages between stages are priced by the schedule's plan."""
+        return [DONE] * len(calls)
 
     def perform(self, call: Call) -> Handle:
         entry = call.entry
@@ -92,13 +106,39 @@ def fly(plan: Plan) -> Trace:
         with torch.device("sim"):
             model, make_batch = factory(**plan.arguments)
         recorder = Recorder({"data": plan.world})
-        recorder.blocks = len(repeated_blocks(model))
-        token = _communicator.set(SimCommunicator("data", plan.world, recorder))
-        try:
-            with recorder.watching():
-                return _train(model, make_batch, plan, recorder)
-        finally:
-            _communicator.reset(token)
+        with recorder.watching():
+            fly_it = _fly_all if plan.stage is None else _fly_stage
+            return fly_it(model, make_batch, plan, recorder)
+
+
+def _fly_all(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, recorder: Recorder) -> Trace:
+    recorder.blocks = len(repeated_blocks(model))
+    with _using(_communicator, SimCommunicator("data", plan.world, recorder)):
+        return _train(model, make_batch, plan, recorder)
+
+
+def _fly_stage(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, recorder: Recorder) -> Trace:
+    assert plan.stage is not None
+    recorder.blocks = plan.stage.blocks
+    config = {**plan.config, "gradient_accumulation_steps": min(plan.micro_steps, 3)}
+    mesh = Config.read(config, plan.world).mesh
+    rank = mesh.groups("pipeline")[0][plan.stage.rank]
+    with (
+        _using(_communicator, SimCommunicator("data", plan.world, recorder, rank)),
+        _using(performer, flown_stage(plan.stage, recorder)),
+    ):
+        engine, *_ = initialize(model, config)
+        assert isinstance(engine, FlownStage)
+        return fly_stage(engine, make_batch, recorder)
+
+
+@contextmanager
+def _using(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, recorder: Recorder) -> Trace:

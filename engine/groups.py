@@ -8,15 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..collectives.groups import JOINED, Mesh, tiers_along
+from ..collectives.groups import JOINED, PIPELINE, TIED, Mesh, tiers_along
 from .communicator import Communicator, SoloCommunicator
 from .compressed import NodeGrid, compressed, uncompressed
 from .config import Communication, Config
 from .mesh import OF_SAMPLES
 from .roles import Role
-
-TIED = "tied"
-"""The axis of the pipeline's ranks that hold one parameter together; made where there is such a parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ class Groups:
 
     def _sharing(self, role: Role) -> list[str]:
         """The axes beside along which what has a role is the same: not its parts, not what is tied to nothing."""
-        own = {*OF_SAMPLES, "pipeline", *role.cut, *({TIED} - {*role.partial})}
+        own = {*OF_SAMPLES, PIPELINE, *role.cut, *({TIED} - {*role.partial})}
         return [name for name in self.beside if name not in own]
 
     def holders(self, *, sharded: bool) -> int:
@@ -184,8 +181,8 @@ def groups_for(communicator: Communicator, settings: Config) -> Groups:
 
 def tying(groups: Groups, settings: Config, stages: tuple[int, ...]) -> Groups:
     """The same with the axis TIED, which joins the ranks at these places of each pipeline; all ranks must call it."""
-    mesh = settings.parallelism.mesh(settings.redundancy.mesh(settings.sample_ranks))
-    members = tuple(tuple(pipeline[stage] for stage in stages) for pipeline in mesh.groups("pipeline"))
+    mesh = settings.mesh
+    members = tuple(tuple(pipeline[stage] for stage in stages) for pipeline in mesh.groups(PIPELINE))
     return replace(groups, beside={**groups.beside, TIED: groups.run.among(members, TIED)})
 
 

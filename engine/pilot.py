@@ -23,6 +23,22 @@ class FlightError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageToFly:
+    """One rank of a pipeline.
+
+    Attributes:
+        rank: its place in the pipeline.
+        blocks: repeated blocks that it has.
+        shape, dtype: of the tensor that one stage hands to the next.
+    """
+
+    rank: int
+    blocks: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A training step to fly.
 
@@ -31,8 +47,9 @@ class Plan:
             makes the arguments of one micro-step's forward, whose result is the loss.
         arguments: what the factory is called with.
         config: as for `initialize`.
-        world: data-parallel ranks.
+        world: ranks.
         micro_steps: forward and backward passes per optimizer step; 3 stand for any larger number.
+        stage: which rank of a pipeline flies; None without stages.
     """
 
     factory: str
@@ -40,6 +57,7 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     world: int
     micro_steps: int = 1
+    stage: StageToFly | None = None
 
     def __post_init__(self) -> None:
         if self.world < 1:

@@ -1,13 +1,15 @@
 """Pipeline parallelism performed: an engine whose ranks hold neighbouring layers and pass micro-batches along."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..collectives.groups import TIED
 from ..collectives.pipeline import Action, Plan
 from .batch import map_tensors
 from .communicator import Communicator
@@ -15,7 +17,7 @@ from .config import Config
 from .engine import Engine
 from .evaluation import evaluating
 from .flat import flat_units, narrow_buffers
-from .groups import TIED, tying
+from .groups import tying
 from .loss import loss_of
 from .partition import repeated_blocks
 from .pipeline_format import Format, format_of, learn_formats
@@ -25,6 +27,9 @@ from .pipeline_section import forwards_of, in_flight_by_stage
 from .recompute import recompute_blocks
 from .roles import give_role, role_of
 from .stages import Chunk, bounds_as_given, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
+
+performer: ContextVar[type["PipelineEngine"]] = ContextVar("performer")
+"""What `initialize` makes of a model with stages, if not a PipelineEngine."""
 
 
 class PipelineEngine(Engine):
@@ -114,7 +119,13 @@ class PipelineEngine(Engine):
             runtime.defer_weights()
         if owners:
             self.recompute = recompute_blocks(
-                chunk, owners, settings.activations, runtime.units[0].full.device, visit=runtime.visiting
+                chunk,
+                owners,
+                settings.activations,
+                runtime.units[0].full.device,
+                visit=runtime.visiting,
+                group=self.groups.axis("tensor"),
+                observer=self.communicator.observer,
             )
         return runtime
 
@@ -137,15 +148,12 @@ class PipelineEngine(Engine):
         for chunk in self._chunks:
             chunk.train()
         losses = self._pass(self._training, data_iter)
-        self._end_pass()
+        self._announce(None)
         self._stages.end_pipeline()
         self.micro_steps += self.settings.accumulation
         mean = self._mean(losses)
         self._take_step()
         return mean
-
-    def _end_pass(self) -> None:
-        """All micro-batches are through; a flight wants to know."""
 
     def eval_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """The mean loss of as many micro-batches as a step has, in evaluation mode without gradients.
@@ -163,8 +171,8 @@ class PipelineEngine(Engine):
         inputs, targets = self._read(data_iter)
         if self._held is None:
             self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))
-        duties = Duties(self._loss, self.scale_loss, self._around)
-        player = self._player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
+        duties = Duties(self._loss, self.scale_loss, self._around, self._announce)
+        player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
         player.play()
         self.actions = player.actions
         return player.losses
@@ -174,8 +182,8 @@ class PipelineEngine(Engine):
         with torch.no_grad(), self._autocast():
             return learn_formats(self._chunks, self.plan, self.pipeline, inputs, self.device)
 
-    _player = Player
-    """Plays a plan; a flight has another one."""
+    def _announce(self, action: Action | None) -> None:
+        """An action of this rank comes now; None: all are done. Flights listen."""
 
     def _read(self, data_iter: Iterator[Any] | None) -> tuple[dict[int, Any], dict[int, Any]]:
         """Inputs and targets by micro-batch, where this rank has the first or the last chunk."""
@@ -231,8 +239,12 @@ class PipelineEngine(Engine):
 
     @contextmanager
     def _around(self, phase: str) -> Iterator[None]:
-        cast: AbstractContextManager[Any] = self._autocast() if phase == "forward" else ExitStack()
-        with self._timed(phase), cast:
+        with ExitStack() as stack:
+            stack.enter_context(self._timed(phase))
+            if phase == "forward":
+                stack.enter_context(self._autocast())
+                if self.randomness is not None and self.module.training:
+                    stack.enter_context(self.randomness.forward())
             yield
 
     def _mean(self, losses: list[Tensor]) -> Tensor:

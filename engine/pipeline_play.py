@@ -57,11 +57,13 @@ class Duties:
         loss: (last chunk, its inputs, targets) -> the loss of a micro-batch.
         scaled: the loss as backward begins with it.
         around: context of a phase, "forward" or "backward".
+        announce: told of each action before it is done.
     """
 
     loss: Callable[[Chunk, tuple[Any, ...], tuple[Any, ...]], Tensor]
     scaled: Callable[[Tensor], Tensor]
     around: Callable[[str], AbstractContextManager[Any]]
+    announce: Callable[[Action], None]
 
 
 @dataclass(slots=True)
@@ -122,6 +124,7 @@ class Player:
 
     def perform(self, action: Action) -> None:
         """Compute."""
+        self.duties.announce(action)
         kinds = {FORWARD: self._forward, BACKWARD: self._backward, INPUT: self._backward, WEIGHT: self._weights}
         kinds[action.kind](action)
         self.actions.append(action)
@@ -182,8 +185,8 @@ class Player:
         send = makes(self.plan, rank, action)
         assert send is not None
         if send.peer != rank:
-            lent = {each.data_ptr() for each in self._lent[action.chunk, action.micro_batch]}
-            own = (each.clone() if each.untyped_storage().data_ptr() in lent else each for each in tensors)
+            lent = {each.untyped_storage()._cdata for each in self._lent[action.chunk, action.micro_batch]}
+            own = (each.clone() if each.untyped_storage()._cdata in lent else each for each in tensors)
             self._made[send.what, send.chunk, send.micro_batch] = tuple(own)
             return
         chunk = self.plan.place(self.plan.tag(rank, send).stage).chunk

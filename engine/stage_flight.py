@@ -16,7 +16,6 @@ from .device import DTYPES
 from .pilot import StageToFly
 from .pipeline import PipelineEngine
 from .pipeline_format import Format
-from .pipeline_play import Player
 from .recorder import Recorder
 
 
@@ -46,7 +45,7 @@ class FlownStage(PipelineEngine):
     """A pipeline rank in a flight.
 
     Attributes:
-        flown: which rank, and what stages hand to each other; set on the class that a flight makes.
+        flown: which rank, and what stages hand to each other; `flown_stage` sets it.
         recorder: of the flight; likewise.
         flown_step: 1 or 2, the step under way.
     """
@@ -64,20 +63,14 @@ class FlownStage(PipelineEngine):
         enters = [() if chunk.first else between for chunk in self._chunks]
         return enters, [() if chunk.last else between for chunk in self._chunks]
 
-    def _player(self, *arguments: Any) -> Player:
-        recorder, step = self.recorder, self.flown_step
+    def _announce(self, action: Action | None) -> None:
+        name = UPDATE if action is None else phase_name(action, self.plan.micro_batches)
+        self.recorder.phase(name, self.flown_step)
 
-        class Announcing(Player):
-            """Tells the recorder which action comes."""
 
-            def perform(self, action: Action) -> None:
-                recorder.phase(phase_name(action, self.plan.micro_batches), step)
-                super().perform(action)
-
-        return Announcing(*arguments)
-
-    def _end_pass(self) -> None:
-        self.recorder.phase(UPDATE, self.flown_step)
+def flown_stage(stage: StageToFly, recorder: Recorder) -> type[FlownStage]:
+    """The kind of engine that flies a stage."""
+    return type("FlownStage", (FlownStage,), {"flown": stage, "recorder": recorder})
 
 
 def fly_stage(engine: FlownStage, make_batch: Callable[[], tuple], recorder: Recorder) -> Trace:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
+from math import prod
 
 from ..collectives.groups import Mesh
 from ..collectives.pipeline import Plan as PipelinePlan
 from ..collectives.pipeline_messages import prefetch, with_communication
 from ..collectives.pipeline_schedules import SCHEDULES
 from ..collectives.trace import SHALLOWEST, Trace, stretch
-from ..engine.pilot import Plan, fly
+from ..engine.pilot import Plan, StageToFly, fly
 from ..sim.hardware import Cluster
 from ..sim.network import DTYPE_BYTES
 from ..sim.result import StepResult
@@ -39,7 +40,7 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         [stages[own] for own in parts],
         machine,
         mesh_of(layout),
-        message_bytes=message_bytes(spec, layout),
+        message_bytes=prod(hidden_shape(spec, layout)) * DTYPE_BYTES[layout.precision],
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
@@ -81,10 +82,10 @@ def mesh_of(layout: Layout) -> Mesh:
     return Mesh.of({axis: size for axis, size in sizes.items() if size > 1 or axis == "data"})
 
 
-def message_bytes(spec: ModelSpec, layout: Layout) -> int:
+def hidden_shape(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
     """Of what a rank hands to the next stage: hidden states of a micro-batch, cut along the sequence where they are."""
     cut = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    return layout.micro_batch * layout.seq // cut * spec.hidden * DTYPE_BYTES[layout.precision]
+    return layout.micro_batch, layout.seq // cut, spec.hidden
 
 
 def stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: Sequence[tuple[Part, ...]]) -> Trace:
@@ -120,6 +121,11 @@ def _stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple
             config=config,
             world=layout.gpus,
             micro_steps=layout.accumulation,
-            stage=rank,
+            stage=StageToFly(
+                rank=rank,
+                blocks=sum(blocks for blocks, *_ in parts[rank]),
+                shape=hidden_shape(spec, layout),
+                dtype=layout.precision,
+            ),
         )
     )

@@ -15,6 +15,7 @@ memory      bytes in use through the step, by category, in the order of the prog
 streams     a device's streams as simpy processes, and how they disturb each other
 replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
+stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
 result      what a simulation says: time, breakdown, memory, traffic
 """

@@ -52,7 +52,10 @@ def replay_memory(trace: Trace, processor: Processor) -> Memory:
         ValueError: the trace frees what it never allocated.
     """
     allocator = _Allocator(processor)
+    built = sum(len(trace.segments[call.segment]) for phase in trace.phases if phase.step == 0 for call in phase.calls)
     for number, alloc, sign in _changes(trace):
+        if number > built:
+            allocator.begin()
         if alloc.tier == "device":
             allocator.change(number, alloc, sign)
     now = allocator.now
@@ -107,6 +110,14 @@ class _Allocator:
         self.peak = dict(self.now)
         self.total = self.peak_total = self.small = self.large = self.reserved = 0
         self.events: list[tuple[int, int]] = []
+        self.training = False
+
+    def begin(self) -> None:
+        """Training begins: how the model was built, whole or in parts, is no part of a step."""
+        if not self.training:
+            self.training = True
+            self.peak, self.peak_total = dict(self.now), self.total
+            self.reserved = self.large + _round_up(self.small, SEGMENT_BYTES)
 
     def change(self, number: int, alloc: Alloc, sign: int) -> None:
         size = _round_up(alloc.nbytes, self.rounding)

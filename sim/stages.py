@@ -166,7 +166,7 @@ def price_pipeline(
         bytes_sent_per_gpu={
             "total": round(sum(sum(one.values()) for one in sent) / plan.ranks),
             "max": max(sum(one.values()) for one in sent),
-            "by_axis": {axis: round(sum(one[axis] for one in sent) / plan.ranks) for axis in sent[0]},
+            "by_axis": {axis: round(nbytes / plan.ranks) for axis, nbytes in sum(sent, Counter()).items()},
         },
         model_state_bytes=max(sum(stage.memory.state.values()) for stage in stages),
         offloaded_bytes_per_node=_offloaded(stages, cluster, mesh),
@@ -188,14 +188,14 @@ def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[
     """Of the rank that is idle least, by cause."""
     rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
     per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
-    causes = Counter(stages[rank].update_s)
+    causes = dict(stages[rank].update_s)
     for action in plan.actions(rank):
         within = replace(action, micro_batch=action.micro_batch % per_step)
         for cause, seconds in stages[rank].seconds(within, per_step).items():
             causes[cause] += seconds / steps
     causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s
     causes["bubble"] = step.step_s - sum(seconds for cause, seconds in causes.items() if cause != "bubble")
-    return dict(causes)
+    return causes
 
 
 def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
@@ -209,12 +209,12 @@ def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     return seconds
 
 
-def _sent(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> dict[str, int]:
+def _sent(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> Counter[str]:
     """Bytes that a rank sends in a step, by axis."""
     steps = plan.micro_batches // plan.micro_batches_per_step
     sent = Counter(stage.replay.sent_bytes)
     sent["pipeline"] += sum(sent_messages(plan, rank).values()) * message_bytes // steps
-    return dict(sent)
+    return sent
 
 
 def _offloaded(stages: Sequence[Stage], cluster: Cluster, mesh: Mesh) -> dict[str, int]:

@@ -132,7 +132,8 @@ def their_step(engine: PipelineEngine, spec: ModelSpec, rank: int, world: int) -
         optimizer.zero_grad()
         losses: list[Tensor] = []
         given = (tokens,) if rank == 0 else ()
-        schedule.step(*given, **({"target": tokens, "losses": losses} if rank == world - 1 else {}))
+        last: dict[str, Any] = {"target": tokens, "losses": losses} if rank == world - 1 else {}
+        schedule.step(*given, **last)
         optimizer.step()
 
     return step
