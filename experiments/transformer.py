@@ -263,7 +263,7 @@ class Transformer(nn.Module):
     def tensor_plan(self) -> dict[str, str]:
         """How tensor-parallel ranks share the model: engine/tensor_plan.py."""
         head, mlp = self.spec.head_size, "blocks.*.mlp"
-        attention: Attention = self.blocks[0].attention  # type: ignore[assignment,union-attr]
+        attention: Attention = self.blocks[0].attention  # type: ignore[assignment]
         plan = {
             "embedding": "vocabulary",
             "blocks.0": "split",
