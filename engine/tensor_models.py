@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .device import model_device
 from .groups import Groups
 from .mesh import Parallelism
 from .randomness import Randomness, draws
@@ -118,11 +119,14 @@ def share_layers(
     """
     group = groups.axis(AXIS)
     shares = group.world > 1
-    device = next(model.parameters()).device
+    device = model_device(model)
     samples = (groups.everyone.rank, groups.axis("pipeline").rank)
     randomness = Randomness(device, seed, samples, group.rank, drawn=draws(model), shared=shares)
     if not shares:
         return randomness
+    if groups.axis("pipeline").world > 1 and (parallelism.sequence_parallel or randomness.drawn):
+        what = "parallel.sequence_parallel" if parallelism.sequence_parallel else "dropout"
+        raise ValueError(f"{what} of tensor ranks in pipeline stages is not supported; leave out one of the two")
     plan, planned = plan_for(model, parallelism)
     check_optimizer(optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
     with torch.no_grad():

@@ -198,3 +198,22 @@ def test_what_is_sent_is_the_closed_form(two_ranks: World, name: str, sequence: 
             Plan(factory=factory, arguments=arguments, config=flat_config(sequence, policy), world=2, micro_steps=2)
         )
         assert sent_bytes_by_axis(trace, scalars=False)["tensor"] == sent_bytes(found, 2)
+
+
+def train_stages(rank: int, world: int, layout: Layout) -> dict[str, Tensor]:
+    engine = started(build(layout.model), layout.config)
+    for step in range(STEPS):
+        x, y = batch(step)
+        engine.train_batch(iter([((x[:2],), y[:2]), ((x[2:],), y[2:])]))
+    found = engine.full_parameters()
+    engine.close()
+    return found
+
+
+def test_in_pipeline_stages(four_ranks: World) -> None:
+    """The tied embedding is cut and on both stages."""
+    parallel = {"parallel": {"tensor": 2, "pipeline": 2}, "gradient_accumulation_steps": 2}
+    wanted = alone("gpt", 0.5, "AdamW").parameters
+    for found in four_ranks.run(train_stages, Layout("gpt", 2, keys=parallel)):
+        for name, value in wanted.items():
+            assert float((found[name] - value).norm() / value.norm()) <= TOLERANCE, name
