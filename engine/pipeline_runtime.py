@@ -19,6 +19,8 @@ from .zero import ZeroRuntime
 # no sign of a lost one. Until the last micro-batch (or, where gradients are sharded, the end of each) nothing is
 # reduced; a backward that leaves weight gradients for later reduces nothing either. A parameter that a later chunk of
 # this rank shares gets gradients while backward is in that chunk: they wait in its own unit for its own backward.
+# Nobody waits for a reduction inside a backward unless memory asks for it: the stage before this one waits for the
+# gradient of the input, and its own reduction would only begin after ours, and so on down the pipeline.
 
 
 class ChunkRuntime(ZeroRuntime):
@@ -59,6 +61,11 @@ class ChunkRuntime(ZeroRuntime):
         self._run(outputs, gradients)
         self.deferred.micro_batch = None
 
+    def _begin_backward(self) -> None:
+        if not self._backward_running:  # its gradients go where the last one's are still on their way
+            self._absorb_pending()
+        super()._begin_backward()
+
     def _run(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         self.backwards = 0
         torch.autograd.backward(list(outputs), list(gradients))
@@ -66,6 +73,7 @@ class ChunkRuntime(ZeroRuntime):
     def backward_of_weights(self, micro_batch: int) -> None:
         """What `backward_of_input` left; each unit is reduced while those after it are computed."""
         assert self.deferred is not None
+        self._absorb_pending()
         self._reduces = True
         for _, together in groupby(self._reduce_order, key=lambda unit: unit.owner):
             units = list(together)
@@ -76,7 +84,6 @@ class ChunkRuntime(ZeroRuntime):
                 self.used.add(parameter)
             for unit in units:
                 self._reduce(unit)
-        self._absorb_all()
         self._reduces = False
         self._count_micro_batch()
 
@@ -91,6 +98,23 @@ class ChunkRuntime(ZeroRuntime):
         self._next_to_reduce += 1
         self._reduced.add(unit)
 
+    @property
+    def _most_behind(self) -> int:
+        return super()._most_behind if self.zero.gradients else len(self._reduce_order)
+
+    def _absorb_all(self) -> None:
+        """Later: see [Note: gradients of a chunk]."""
+
+    def _absorb_pending(self) -> list[FlatUnit]:
+        """Wait for the reductions that the last backward left under way; their units."""
+        pending = []
+        while self._behind:
+            unit, handle = self._behind.popleft()
+            handle.wait()
+            unit.absorb()
+            pending.append(unit)
+        return pending
+
     def _reduce_between_replicas(self, unit: FlatUnit) -> None:
         """Not inside backward: the rank that this one would wait for may wait for what this one is about to send."""
         self._summed_later.append(unit)
@@ -104,8 +128,8 @@ class ChunkRuntime(ZeroRuntime):
         self.backwards = 0  # each is counted with its micro-batch
 
     def end_pipeline(self) -> None:
-        """All micro-batches are through: sum over the ranks that share parameters with this one."""
-        for unit in self._summed_later:
+        """All micro-batches are through: wait for what is reduced, and sum over the ranks that share parameters."""
+        for unit in (*self._summed_later, *self._absorb_pending()):
             unit.reduce_between_replicas().wait()
         self._summed_later.clear()
 

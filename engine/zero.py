@@ -344,11 +344,16 @@ class ZeroRuntime:
         self._reduced.add(unit)
         if not (self.zero.gradients or (self.at_boundary and not self._more_follow)):
             return
-        while len(self._behind) > REDUCTIONS_BEHIND:
+        while len(self._behind) > self._most_behind:
             self._absorb_oldest()
         if self.host_steps is not None:
             self.host_steps.reducing(unit)
         self._behind.append((unit, unit.reduce()))
+
+    @property
+    def _most_behind(self) -> int:
+        """Reductions that may be under way when another one begins."""
+        return REDUCTIONS_BEHIND
 
     def _absorb_oldest(self) -> None:
         unit, handle = self._behind.popleft()

@@ -81,8 +81,12 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rope_2SE: Tensor | None, bias_1HSS: Tensor | None) -> Tensor:
         q_BSD, k_BSC, v_BSC = self.qkv(x_BSD).split(self.widths, dim=-1)
         q_BHSE, k_BKSE, v_BKSE = self._heads(q_BSD), self._heads(k_BSC), self._heads(v_BSC)
+        # Here, because hidden states between blocks may be a rank's part of the sequence.
+        S = q_BHSE.shape[2]
         if rope_2SE is not None:
-            q_BHSE, k_BKSE = rotate(q_BHSE, rope_2SE), rotate(k_BKSE, rope_2SE)
+            q_BHSE, k_BKSE = rotate(q_BHSE, rope_2SE[:, :S]), rotate(k_BKSE, rope_2SE[:, :S])
+        if bias_1HSS is not None:
+            bias_1HSS = bias_1HSS[:, :, :S, :S]
         mixed_BHSE = functional.scaled_dot_product_attention(
             q_BHSE,
             k_BKSE,
@@ -206,7 +210,7 @@ class Transformer(nn.Module):
             ValueError: longer sequences than the model has positions for.
         """
         x_BSD = self._embed(tokens_BS, position_ids)
-        tables = self._tables(x_BSD, position_ids)
+        tables = self._tables(x_BSD.dtype, position_ids)
         balances: list[Tensor] = []
         for block in self.blocks:
             x_BSD = block(x_BSD, *tables)
@@ -244,16 +248,20 @@ class Transformer(nn.Module):
         places_S = slice(S) if position_ids is None else position_ids[0]
         return x_BSD if self.positions is None else x_BSD + self.positions.weight[places_S]
 
-    def _tables(self, x_BSD: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """rope_2SE and bias_1HSS. Cast here, once: a copy made in each block would be kept until its backward."""
-        S = x_BSD.shape[1]
-        places_S = slice(S) if position_ids is None else position_ids[0]
-        rope_2SE = None if self.rope is None else self.rope[:, places_S].to(x_BSD.dtype)
-        bias_1HSS = None if self.alibi is None else self.alibi[:, :, :S, :S].to(x_BSD.dtype)
-        return rope_2SE, bias_1HSS
+    def _tables(
+        self, dtype: torch.dtype, position_ids: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """rope_2SE and bias_1HSS for the longest sequence, or for some positions of one. Cast here, once: a copy made
+        in each block would be kept until its backward.
+        """
+        rope_2SE = self.rope if self.rope is None or position_ids is None else self.rope[:, position_ids[0]]
+        return (
+            None if rope_2SE is None else rope_2SE.to(dtype),
+            None if self.alibi is None else self.alibi.to(dtype),
+        )
 
     def _block(self, number: int, x_BSD: Tensor) -> Tensor:
-        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD))
+        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD.dtype))
         return mixed
 
     def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:

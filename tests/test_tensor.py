@@ -210,9 +210,13 @@ def train_stages(rank: int, world: int, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def test_in_pipeline_stages(four_ranks: World) -> None:
+@pytest.mark.parametrize("sequence", [False, True])
+def test_in_pipeline_stages(four_ranks: World, sequence: bool) -> None:
     """The tied embedding is cut and on both stages."""
-    parallel = {"parallel": {"tensor": 2, "pipeline": 2}, "gradient_accumulation_steps": 2}
+    parallel = {
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": sequence},
+        "gradient_accumulation_steps": 2,
+    }
     wanted = alone("gpt", 0.5, "AdamW").parameters
     for found in four_ranks.run(train_stages, Layout("gpt", 2, keys=parallel)):
         for name, value in wanted.items():
