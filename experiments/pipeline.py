@@ -91,24 +91,31 @@ def hidden_shape(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
 def stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: Sequence[tuple[Part, ...]]) -> Trace:
     """The trace of a pipeline rank: its chunks one micro-batch at a time, of each class of micro-batches.
 
-    A deep stage of a single chunk is flown shallow and stretched.
+    It flies in a pipeline of at most three ranks, the first, itself and the last, because what it does does not depend
+    on how many others there are. A deep stage of a single chunk is flown shallow and stretched.
     """
-    plan = schedule_plan(layout)
-    deep = [tuple((min(blocks, SHALLOWEST), *ends) for blocks, *ends in own) for own in parts]
-    shallow = plan.chunks == 1 and not counts_blocks(engine_config(layout))
-    flown = _stage_flight(spec, layout, rank, tuple(deep) if shallow else tuple(parts))
-    if not shallow:
-        return flown
-    try:
-        return stretch(flown, parts[rank][0][0])
-    except ValueError:  # its blocks do not all do the same, so no block can stand for others
-        return _stage_flight(spec, layout, rank, tuple(parts))
+    outer = [0, len(parts) - 1]
+    crew = sorted({*outer, rank if rank not in outer else min(1, len(parts) - 1)})
+    few = [parts[member] for member in crew]
+    place = crew.index(rank)
+    shallow = layout.interleave == 1 and layout.schedule != "zb-v" and not counts_blocks(engine_config(layout))
+    if shallow:
+        flown = _fly(spec, layout, place, tuple(tuple((min(b, SHALLOWEST), *ends) for b, *ends in own) for own in few))
+        try:
+            trace = stretch(flown, parts[rank][0][0])
+        except ValueError:  # its blocks do not all do the same, so no block can stand for others
+            trace = _fly(spec, layout, place, tuple(few))
+    else:
+        trace = _fly(spec, layout, place, tuple(few))
+    return replace(trace, world=mesh_of(layout).sizes)
 
 
 @lru_cache(maxsize=64)
-def _stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ...], ...]) -> Trace:
-    plan = schedule_plan(layout)
+def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ...], ...]) -> Trace:
+    ranks = len(parts)
+    plan = _plan(layout.schedule, ranks, ranks, layout.interleave)
     config = engine_config(layout)
+    config["parallel"] |= {"pipeline": ranks}
     config["pipeline"] |= {"partition": "layers", "layers": layers_by_stage(parts, plan)}
     return fly(
         Plan(
@@ -119,7 +126,7 @@ def _stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple
                 "seq": layout.seq,
             },
             config=config,
-            world=layout.gpus,
+            world=layout.gpus // layout.pp * ranks,
             micro_steps=layout.accumulation,
             stage=StageToFly(
                 rank=rank,
