@@ -48,7 +48,9 @@ class SimCommunicator(Communicator):
     def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
         mine = next((group for group in members if self.rank in group), (self.rank,))
         if len(mine) == 1:
-            return SoloCommunicator(axis)
+            alone = SoloCommunicator(axis)
+            alone.observer = self.recorder
+            return alone
         return SimCommunicator(axis, len(mine), self.recorder, mine.index(self.rank))
 
     def post(self, calls: Sequence[Call]) -> list[Handle]:

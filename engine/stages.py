@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..collectives.partition_stages import balanced
 
@@ -215,7 +215,10 @@ def tied_ranks(chunks: Sequence[Chunk], rank_of: Sequence[int]) -> dict[nn.Param
 def drop_others(model: nn.Module, kept: Iterable[nn.Module]) -> None:
     """Free the parameters of a model that none of the kept chunks has: they show NaN from now on."""
     mine = {parameter for chunk in kept for parameter in chunk.parameters()}
+    nowhere: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     for parameter in model.parameters():
         if parameter not in mine:
-            nowhere = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
-            parameter.data = nowhere.expand(parameter.shape)
+            place = (parameter.dtype, parameter.device)
+            if place not in nowhere:
+                nowhere[place] = torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = nowhere[place].expand(parameter.shape)

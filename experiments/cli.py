@@ -51,11 +51,15 @@ def simulate(
     model: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
     cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp).", show_default=False)] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp * cp).", show_default=False)
+    ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    cp: Annotated[int, typer.Option(help="Ranks that share each sequence (context parallelism).")] = 1,
+    ep: Annotated[int, typer.Option(help="Data-parallel ranks that share the experts.")] = 1,
     interleave: Annotated[int, typer.Option(help="Virtual stages per rank.")] = 1,
-    schedule: Annotated[str, typer.Option(help="Pipeline schedule.")] = "1f1b",
+    schedule: Annotated[str, typer.Option(help="gpipe, 1f1b, interleaved, zb-h1, zb-v, ...")] = "1f1b",
     zero: Annotated[int | None, typer.Option(help="ZeRO stage 0 to 3; 0.", show_default=False)] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Sequences per rank and forward; 1.", show_default=False)
@@ -89,7 +93,7 @@ def simulate(
     from .files import write_whole
 
     chosen: dict[str, Any] = {
-        "dp": dp, "tp": tp, "pp": pp, "interleave": interleave, "schedule": schedule, "zero": zero,
+        "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
         "precision": precision, "fidelity": fidelity,

@@ -48,6 +48,7 @@ class Options:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
     interleave: int = 1
     schedule: str = "1f1b"
     zero: int | None = None
@@ -68,7 +69,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`."""
+    """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
+
+    Experts are spread over `ep` of the dp ranks.
+    """
 
     model: str
     cluster: str
@@ -77,6 +81,7 @@ class Layout:
     tp: int
     pp: int
     cp: int
+    ep: int
     interleave: int
     schedule: str
     zero: int
@@ -119,6 +124,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         tp=options.tp,
         pp=options.pp,
         cp=options.cp,
+        ep=options.ep,
         interleave=options.interleave,
         schedule=_schedule(options, model, accumulation),
         zero=options.zero or 0,
@@ -160,7 +166,7 @@ def _check(options: Options) -> None:
         if value not in allowed:
             names = [str(choice) for choice in allowed if choice is not None]
             refuse(name, value, ", ".join(names) + nearest(str(value), names))
-    for name in ("gpus", "dp", "tp", "pp", "cp", "interleave", "micro_batch", "global_batch", "seq"):
+    for name in ("gpus", "dp", "tp", "pp", "cp", "ep", "interleave", "micro_batch", "global_batch", "seq"):
         value = getattr(options, name)
         if value is not None and value < 1:
             refuse(name, value, "an integer >= 1")
@@ -240,7 +246,7 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
     where, keys = load_json(source)
     given = _divided(given, keys, where)
     ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp * given.cp)
-    config = Config.read({name: value for name, value in keys.items() if name not in DIVIDING}, ranks)
+    config = Config.read({name: value for name, value in keys.items() if name not in DIVIDING}, max(1, ranks))
     said = dict(_rest(keys))
     offload, offload_to = _offload(given, config.placement)
     return replace(
@@ -265,8 +271,9 @@ def _divided(given: Options, keys: Mapping[str, Any], where: str) -> Options:
     from ..engine.mesh import Parallelism, ParallelSection
     from ..engine.pipeline_section import PipelineSection
 
+    parallel = read_into(ParallelSection, keys.get("parallel", {}), f"{where}: parallel")
     sizes = Parallelism.of(
-        read_into(ParallelSection, keys.get("parallel", {}), f"{where}: parallel"),
+        parallel,
         dp_size=keys.get("dp_size"),
         mp_size=keys.get("mp_size", 1),
         pipeline_size=keys.get("pipeline_size", 1),
@@ -284,6 +291,7 @@ def _divided(given: Options, keys: Mapping[str, Any], where: str) -> Options:
         tp=given.tp if given.tp > 1 else sizes.tensor,
         pp=given.pp if given.pp > 1 else sizes.pipeline,
         cp=given.cp if given.cp > 1 else sizes.context,
+        ep=given.ep if given.ep > 1 else parallel.expert,
         sequence_parallel=given.sequence_parallel or sizes.sequence_parallel,
         schedule=given.schedule if asked else pipeline.schedule,
         interleave=given.interleave if asked else pipeline.chunks or 1,
@@ -344,11 +352,13 @@ def engine_config(layout: Layout) -> dict[str, Any]:
 def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
     """How a model is divided among ranks, as a file says it; nothing where it is not."""
     sections: dict[str, dict[str, Any]] = {}
-    if layout.tp * layout.cp * layout.pp > 1:
+    if layout.tp * layout.cp * layout.pp * layout.ep > 1:
         sizes = {"tensor": layout.tp, "context": layout.cp, "pipeline": layout.pp}
-        sections["parallel"] = {**sizes, "sequence_parallel": layout.sequence_parallel}
+        sections["parallel"] = {**sizes, "sequence_parallel": layout.sequence_parallel, "expert": layout.ep}
     if layout.pp > 1:
-        sections["pipeline"] = {"schedule": layout.schedule, "chunks": layout.interleave}
+        # One that is only priced does the same work with a micro-batch as the one that it follows.
+        performed = layout.schedule if SCHEDULES[layout.schedule].performed else "1f1b"
+        sections["pipeline"] = {"schedule": performed, "chunks": layout.interleave}
     return sections
 
 

@@ -248,9 +248,7 @@ class Transformer(nn.Module):
         places_S = slice(S) if position_ids is None else position_ids[0]
         return x_BSD if self.positions is None else x_BSD + self.positions.weight[places_S]
 
-    def _tables(
-        self, dtype: torch.dtype, position_ids: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _tables(self, dtype: torch.dtype, position_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """rope_2SE and bias_1HSS for the longest sequence, or for some positions of one. Cast here, once: a copy made
         in each block would be kept until its backward.
         """

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..collectives.groups import Mesh, tiers_along
 from ..collectives.pipeline import FORWARD, UPDATE, Action, Plan, kept, phase_name, sent_messages
+from ..collectives.pipeline_schedules import schedule
 from ..collectives.trace import Trace
 from .hardware import Cluster
 from .memory import Memory, replay_memory
@@ -107,7 +108,7 @@ class RankMemory:
 def rank_memory(plan: Plan, rank: int, stage: Stage) -> RankMemory:
     """The flight's peak, with as many activations besides as the plan keeps at most.
 
-    That the hungriest chunk is at its peak when most is in flight is an upper bound, and exact where chunks are alike.
+    A schedule without a flush keeps older versions of the parameters besides. That the hungriest chunk is at its peak when most is in flight is an upper bound, and exact where chunks are alike.
     """
     most, now = 0, 0
     for action in plan.actions(rank):
@@ -115,6 +116,7 @@ def rank_memory(plan: Plan, rank: int, stage: Stage) -> RankMemory:
         most = max(most, now)
     peak = dict(stage.memory.peak)
     peak["activations"] += max(0, most - max(stage.kept_bytes))
+    peak["parameters"] += (schedule(plan.schedule).weight_versions - 1) * stage.resting["parameters"]
     rounding = stage.memory.reserved_bytes / stage.memory.total_bytes
     return RankMemory(peak=peak, reserved_bytes=round(sum(peak.values()) * rounding))
 

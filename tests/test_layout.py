@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from windtunnel.experiments.layout import ADAMW, ONLY_VALUE_SO_FAR, Options, engine_config, from_deepspeed, resolve
+from windtunnel.experiments.layout import ADAMW, Options, engine_config, from_deepspeed, resolve
 from windtunnel.experiments.models import load_model
 from windtunnel.sim.hardware import load_cluster
 
@@ -26,7 +26,8 @@ def refused(message: str, *, cluster: Any = A100, **options: Any) -> None:
 def test_the_defaults_of_the_contract() -> None:
     layout = resolve(Options(), GPT, FOUR_NODES)
     assert asdict(layout) == {
-        "model": "gpt2", "cluster": "dgx-a100", "gpus": 32, "dp": 32, "tp": 1, "pp": 1, "interleave": 1,
+        "model": "gpt2", "cluster": "dgx-a100", "gpus": 32, "dp": 32, "tp": 1, "pp": 1, "cp": 1, "ep": 1,
+        "interleave": 1,
         "schedule": "1f1b", "zero": 0, "micro_batch": 1, "global_batch": 32, "accumulation": 1, "seq": 1024,
         "sequence_parallel": False, "recompute": "none", "recompute_budget": None, "offload": "none",
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "engine": "{}",
@@ -86,12 +87,17 @@ def test_parallel_sizes_are_at_least_one(name: str) -> None:
         ({"recompute": "ful"}, "recompute = ful; allowed: none, selective, full, budget; did you mean 'full'?"),
         ({"fidelity": "event"}, "fidelity = event; allowed: closed_form, events; did you mean 'events'?"),
         ({"precision": "bf61"}, "precision = bf61; allowed: fp32, bf16, fp16; did you mean 'bf16'?"),
-        ({"schedule": "gpipe"}, "schedule = gpipe; allowed: 1f1b"),
+        ({"schedule": "gpip"}, "schedule = gpip; allowed: sequential, gpipe, 1f1b, .*; did you mean 'gpipe'?"),
+        ({"interleave": 2}, "interleave = 2; allowed: 1 without pipeline stages"),
+        ({"sequence_parallel": True}, "sequence-parallel = True; allowed: with tp > 1"),
+        ({"gpus": 8, "pp": 8, "interleave": 2}, "pp = 8; allowed: pp \\* interleave = 8 \\* 2 at most the 12 layers"),
+        ({"gpus": 8, "pp": 2, "zero": 3}, "zero = 3; allowed: 0, 1 or 2 with a pipeline"),
+        ({"gpus": 8, "pp": 2, "schedule": "zb-v"}, "interleave = 1; allowed: at least 2 with schedule = zb-v"),
         ({"offload": "optimiser"}, "offload = optimiser; allowed: none, optimizer, parameters; did you mean"),
         ({"offload_to": "disk"}, "offload-to = disk; allowed: host, nvme"),
         ({"zero": 4}, "zero stage = 4; allowed: 0, 1, 2, 3"),
         ({"zero": -1}, "zero stage = -1; allowed: 0, 1, 2, 3"),
-        ({"gpus": 8, "dp": 4}, r"dp = 4; allowed: .* 4 \* 1 \* 1 = 4 and gpus = 8"),
+        ({"gpus": 8, "dp": 4}, r"dp = 4; allowed: .* 4 \* 1 \* 1 \* 1 = 4 and gpus = 8"),
         ({"seq": 1025}, "seq = 1025; allowed: at most 1024, the learned positions of gpt2"),
     ],
 )
@@ -99,13 +105,13 @@ def test_bad_choices_name_field_value_and_what_is_allowed(options: dict[str, Any
     refused(message.replace("?", r"\?"), **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("tp", 2), ("pp", 4), ("interleave", 2), ("sequence_parallel", True)],
-)
-def test_what_the_engine_cannot_do_yet_is_refused_and_not_ignored(name: str, value: Any) -> None:
-    assert name in ONLY_VALUE_SO_FAR
-    refused(rf"{name.replace('_', '-')} = {value}; allowed: .* nothing else yet", gpus=8, **{name: value})
+@pytest.mark.parametrize("data", [{"mp_size": 2, "pipeline_size": 4}, {"parallel": {"tensor": 2, "pipeline": 4}}])
+def test_a_file_divides_the_model(data: dict[str, Any]) -> None:
+    layout = resolve(from_deepspeed({**data, "pipeline": {"schedule": "gpipe"}}, Options(gpus=16)), GPT, A100)
+    assert (layout.tp, layout.pp, layout.dp, layout.schedule) == (2, 4, 2, "gpipe")
+    given = Options(gpus=16, tp=4, schedule="zb-h1")
+    layout = resolve(from_deepspeed(data, given), GPT, A100)
+    assert (layout.tp, layout.pp, layout.dp, layout.schedule) == (4, 4, 1, "zb-h1")
 
 
 def test_more_gpus_than_there_are() -> None:

@@ -35,7 +35,8 @@ def same_step(one: StepResult, other: StepResult) -> bool:
 def test_every_option_is_in_the_layout_as_resolved() -> None:
     result = simulate("gpt-demo", "dgx-a100", gpus=16, zero=2, global_batch=64, micro_batch=2, recompute="full")
     assert result.layout == {
-        "model": "gpt-demo", "cluster": "dgx-a100", "gpus": 16, "dp": 16, "tp": 1, "pp": 1, "interleave": 1,
+        "model": "gpt-demo", "cluster": "dgx-a100", "gpus": 16, "dp": 16, "tp": 1, "pp": 1, "cp": 1, "ep": 1,
+        "interleave": 1,
         "schedule": "1f1b", "zero": 2, "micro_batch": 2, "global_batch": 64, "accumulation": 2, "seq": DEMO.seq,
         "sequence_parallel": False, "recompute": "full", "recompute_budget": None, "offload": "none",
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "clip": 0.0, "engine": "{}",
