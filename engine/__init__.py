@@ -8,6 +8,8 @@ gathered        sharded parameters whole for a while: GatheredParameters
 config          DeepSpeed's JSON, read into frozen values
 dialect         keys of that JSON that are not settings: always so, renamed, refused, "auto"
 device_mesh     the mesh as torch's DeviceMesh, for code that asks for one
+sections        the sections on ZeRO and on the optimizer
+communication_section  how collectives are done, and what travels in fewer bytes
 mesh            how ranks are divided between kinds of parallelism: a mesh of named axes
 schedule        learning-rate schedules as formulas
 scheduler       objects that set an optimizer's learning rate by them, or by torch's

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives.groups import Mesh
-from .config import Communication
+from .communication_section import Communication
 from .observer import SILENT, Observer
 
 DTYPE_NAMES = {

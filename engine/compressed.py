@@ -26,9 +26,9 @@ from torch.nn import functional
 from ..kernels.cast import largest_magnitude, scale_for_sum, scaled_cast, unscaled
 from ..kernels.low_rank import as_matrix, orthonormal, start_factor
 from .codec import decode, encode
+from .communication_section import Compression
 from .communicator import Call, Communicator, Handle
 from .compression import ERROR_FEEDBACK, BlockQuantized, Cast, Coded, LowRank, Scheme, TopK
-from .config import Compression
 from .device import DTYPES
 
 Phases = Generator[Handle, None, Tensor]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .assembly import full_parameters, full_state_dict
 from .communicator import Communicator
-from .config import Config, OptimizerSection
+from .config import Config
 from .context import ContextParallel
 from .device import DTYPES, communicator_for, model_device, transfers_for
 from .evaluation import Evaluation, Weight, evaluate
@@ -33,6 +33,7 @@ from .recompute import recompute_blocks
 from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
+from .sections import OptimizerSection
 from .stages import LayerList
 from .tensor_models import share_layers
 from .tier import Tiers

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..collectives.algorithms import KINDS, algorithm, names
 from ..collectives.choice import Selection, select
+from .communication_section import Communication
 from .communicator import (
     Call,
     CommunicationError,
@@ -36,7 +37,6 @@ from .communicator import (
     native_collective,
     new_process_group,
 )
-from .config import Communication
 from .letters import Mail, first_line, lone_message
 from .program import Arrival, Message, Posted, Transport, lower
 from .shared_memory import FOLDER, SharedMemory

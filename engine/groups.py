@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..collectives.groups import JOINED, PIPELINE, TIED, Mesh, tiers_along
+from .communication_section import Communication
 from .communicator import Communicator, SoloCommunicator
 from .compressed import NodeGrid, compressed, uncompressed
-from .config import Communication, Config
+from .config import Config
 from .mesh import OF_SAMPLES
 from .roles import Role
 

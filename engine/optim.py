@@ -27,7 +27,7 @@ from torch.optim import (
 from ..kernels.lamb import lamb_direction_, squared_norms, trust_ratios
 from ..kernels.lion import lion_
 from ..reading import nearest
-from .config import OptimizerSection
+from .sections import OptimizerSection
 
 __all__ = [
     "ASGD", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lamb", "Lion", "NAdam", "RAdam", "RMSprop",

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..collectives.zero import Zero
 from .batch import tensors
 from .communicator import Communicator, Handle
-from .config import Buffers
 from .groups import Groups
 from .host_step import HostSteps
 from .observer import Observer
 from .partition import Part
+from .sections import Buffers
 from .unit import FlatUnit, Residency
 
 # [Note: one reduction behind]

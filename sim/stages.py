@@ -108,7 +108,8 @@ class RankMemory:
 def rank_memory(plan: Plan, rank: int, stage: Stage) -> RankMemory:
     """The flight's peak, with as many activations besides as the plan keeps at most.
 
-    A schedule without a flush keeps older versions of the parameters besides. That the hungriest chunk is at its peak when most is in flight is an upper bound, and exact where chunks are alike.
+    A schedule without a flush keeps older versions of the parameters besides. That the hungriest chunk is at its peak
+    when most is in flight is an upper bound, and exact where chunks are alike.
     """
     most, now = 0, 0
     for action in plan.actions(rank):

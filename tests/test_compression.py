@@ -14,6 +14,7 @@ from test_flight import SMALL, flight, units_of
 from torch import Tensor, nn
 from torch.nn import functional
 from windtunnel.collectives.trace import Collective, walk
+from windtunnel.engine.communication_section import Compression
 from windtunnel.engine.communicator import Communicator, Entry, NativeCommunicator, SoloCommunicator
 from windtunnel.engine.compressed import CompressedCommunicator, NodeGrid
 from windtunnel.engine.compression import (
@@ -28,7 +29,7 @@ from windtunnel.engine.compression import (
     scheme_named,
     wire_bytes,
 )
-from windtunnel.engine.config import Compression, Config
+from windtunnel.engine.config import Config
 from windtunnel.engine.device import communicator_for
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.one_bit_adam import OneBitAdam

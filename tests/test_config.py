@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.zero import Zero
-from windtunnel.engine.config import Config, OptimizerSection
+from windtunnel.engine.config import Config
 from windtunnel.engine.loss_scale import ScalePolicy
 from windtunnel.engine.mesh import Parallelism
 from windtunnel.engine.precision import Precision
+from windtunnel.engine.sections import OptimizerSection
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "key": (

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from windtunnel.collectives.trace import Collective, walk
 from windtunnel.engine import optim
-from windtunnel.engine.config import OptimizerSection
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.optim import unsharded
+from windtunnel.engine.sections import OptimizerSection
 from windtunnel.engine.world import World
 from windtunnel.kernels.lamb import squared_norms, trust_ratios
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 from windtunnel.collectives.algorithms import KINDS, algorithms
+from windtunnel.engine.communication_section import Communication
 from windtunnel.engine.communicator import Communicator, Entry, NativeCommunicator
-from windtunnel.engine.config import Communication
 from windtunnel.engine.gloo import GlooCommunicator
 from windtunnel.engine.world import World
 
