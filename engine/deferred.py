@@ -6,17 +6,71 @@ Pipeline Parallelism, section 2.1). All other operators do both at once.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .tensor_layers import CutLinear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """Where a layer multiplies: x W^T + b with x [..., i], W [o, i] (or [i, o] where `transposed`), b [o] or None.
+
+    Attributes:
+        replace: has the layer call a function of x for it.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool
+    replace: Callable[[Callable[[Tensor], Tensor]], None]
+
+    @property
+    def matrix(self) -> Tensor:
+        """[o, i]"""
+        return self.weight.t() if self.transposed else self.weight
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def gradients(self, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Those of `parameters`, from inputs [..., i] and gradients of outputs [..., o]."""
+        rows, flat = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        rows = rows.to(flat.dtype)
+        of_weight = (rows.T @ flat if self.transposed else flat.T @ rows).to(self.weight.dtype)
+        return [of_weight] if self.bias is None else [of_weight, flat.sum(0).to(self.bias.dtype)]
+
+
+def products(module: nn.Module, together: Callable[[Iterable[nn.Parameter]], bool]) -> Iterator[Product]:
+    """Those of the linear layers in a module whose parameters belong `together`: plain ones, and those that tensor
+    ranks have cut; not layers with a forward of their own.
+    """
+    for layer in module.modules():
+        found = _product(layer)
+        if found is not None and together(found.parameters):
+            yield found
+
+
+def _product(layer: nn.Module) -> Product | None:
+    if isinstance(layer, CutLinear):
+        weight: nn.Parameter = layer.weight
+        return Product(weight, layer.multiplied_bias, layer.transposed, partial(setattr, layer, "product"))
+    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+        assert isinstance(layer, nn.Linear)
+        return Product(layer.weight, layer.bias, False, partial(setattr, layer, "forward"))
+    return None
+
 
 class _Pending(NamedTuple):
     """What the gradients of one call need: input [..., i] and gradient of the output [..., o]."""
 
-    layer: nn.Linear
+    product: Product
     inputs: Tensor
     gradient: Tensor
 
@@ -28,79 +82,62 @@ class DeferredWeights:
         micro_batch: whose backward runs, if its weight gradients are to wait; None: they are computed in backward.
     """
 
-    def __init__(self, layers: Iterable[nn.Linear]) -> None:
+    def __init__(self, replaced: Iterable[Product]) -> None:
         self.micro_batch: int | None = None
         self._pending: dict[int, list[_Pending]] = {}
-        for layer in layers:
-            module: nn.Module = layer
-            module.forward = _Forward(self, layer)
+        for product in replaced:
+            product.replace(_Forward(self, product))
 
-    def owe(self, layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+    def owe(self, product: Product, inputs: Tensor, gradient: Tensor) -> None:
         assert self.micro_batch is not None
-        self._pending.setdefault(self.micro_batch, []).append(_Pending(layer, inputs, gradient))
+        self._pending.setdefault(self.micro_batch, []).append(_Pending(product, inputs, gradient))
 
     def pay(self, micro_batch: int, weights: Container[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """What is owed of a micro-batch to the layers of these weights, computed: (parameter, gradient)."""
         rest = []
         for pending in self._pending.pop(micro_batch, ()):
-            if pending.layer.weight not in weights:
+            if pending.product.weight not in weights:
                 rest.append(pending)
                 continue
-            found = weight_gradients(pending.layer, pending.inputs, pending.gradient)
-            yield from zip(pending.layer.parameters(recurse=False), found, strict=True)
+            found = pending.product.gradients(pending.inputs, pending.gradient)
+            yield from zip(pending.product.parameters, found, strict=True)
         if rest:
             self._pending[micro_batch] = rest
 
 
-def weight_gradients(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
-    """Those of weight [o, i] and, if there is one, bias [o]; from inputs [..., i] and gradients of outputs [..., o]."""
-    flat = gradient.flatten(0, -2)
-    found = [(flat.T @ inputs.flatten(0, -2).to(flat.dtype)).to(layer.weight.dtype)]
-    return found if layer.bias is None else [*found, flat.sum(0).to(layer.bias.dtype)]
-
-
-def deferrable(module: nn.Module, together: Callable[[Iterable[nn.Parameter]], bool]) -> Iterator[nn.Linear]:
-    """The plain linear layers in a module whose parameters belong `together`; not those with a forward of their own."""
-    for layer in module.modules():
-        plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if plain and "forward" not in vars(layer) and together(layer.parameters(recurse=False)):
-            assert isinstance(layer, nn.Linear)
-            yield layer
-
-
 class _Forward:
-    """The forward of a linear layer."""
+    """What a layer calls in the place of its product."""
 
-    def __init__(self, store: DeferredWeights, layer: nn.Linear) -> None:
-        self._store, self._layer = store, layer
+    def __init__(self, store: DeferredWeights, product: Product) -> None:
+        self._store, self._product = store, product
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        layer = self._layer
+        product = self._product
         if not torch.is_grad_enabled() or inputs.dim() < 2:
-            return functional.linear(inputs, layer.weight, layer.bias)
-        output: Tensor = _Linear.apply(self._store, layer, inputs, layer.weight, layer.bias)
+            return functional.linear(inputs, product.matrix, product.bias)
+        output: Tensor = _Linear.apply(self._store, product, inputs, product.weight, product.bias)
         return output
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b with x [..., i], W [o, i], b [o] or None."""
+    """A product whose weight gradients may wait."""
 
     @staticmethod
     def forward(
-        ctx: Any, store: DeferredWeights, layer: nn.Linear, inputs: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, store: DeferredWeights, product: Product, inputs: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.store, ctx.layer = store, layer
-        return functional.linear(inputs, weight, bias)
+        ctx.store, ctx.product = store, product
+        return functional.linear(inputs, product.matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor | None, Tensor | None, Tensor | None]:
         (gradient,), (inputs,) = gradients, ctx.saved_tensors
-        store, layer = ctx.store, ctx.layer
-        wide = layer.weight.to(gradient.dtype)
+        store, product = ctx.store, ctx.product
+        wide = product.matrix.to(gradient.dtype)
         before = (gradient @ wide).to(inputs.dtype) if ctx.needs_input_grad[2] else None
         if store.micro_batch is not None:
-            store.owe(layer, inputs, gradient)
+            store.owe(product, inputs, gradient)
             return None, None, before, None, None
-        found = weight_gradients(layer, inputs, gradient)
+        found = product.gradients(inputs, gradient)
         return None, None, before, found[0], found[1] if len(found) > 1 else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .communicator import Communicator
-from .deferred import DeferredWeights, deferrable
+from .deferred import DeferredWeights, products
 from .groups import Groups
 from .observer import Observer
 from .unit import FlatUnit
@@ -38,7 +38,7 @@ class ChunkRuntime(ZeroRuntime):
 
     def defer_weights(self) -> None:
         """From now on its linear layers can be asked for their weight gradients later."""
-        self.deferred = DeferredWeights(deferrable(self.model, self._owned_together))
+        self.deferred = DeferredWeights(products(self.model, self._owned_together))
 
     def _owned_together(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether parameters are trained by units of one module of this chunk, which are reduced one after another."""

@@ -33,8 +33,8 @@ class Rows:
     whole: int
 
 
-class _Linear(nn.Module):
-    """The parameters of a linear layer of which this rank has a part."""
+class CutLinear(nn.Module):
+    """A linear layer of which this rank has a part."""
 
     bias: nn.Parameter | None
 
@@ -48,12 +48,17 @@ class _Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, ranks={self.ranks.group.world}"
 
-    def matrix(self) -> Tensor:
-        """[out, in]"""
-        return self.weight.t() if self.transposed else self.weight
+    @property
+    def multiplied_bias(self) -> nn.Parameter | None:
+        """The bias, if it is part of the product."""
+        return self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """[..., out] of [..., in]; pipelines may put another one in its place (engine/deferred.py)."""
+        return functional.linear(x, self.weight.t() if self.transposed else self.weight, self.multiplied_bias)
 
 
-class ColumnLinear(_Linear):
+class ColumnLinear(CutLinear):
     """A linear layer cut along its outputs: [..., S, in] to [..., S, out / t].
 
     Args:
@@ -73,16 +78,20 @@ class ColumnLinear(_Linear):
         self.enters = enters
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(enter(x, self.ranks) if self.enters else x, self.matrix(), self.bias)
+        return self.product(enter(x, self.ranks) if self.enters else x)
 
 
-class RowLinear(_Linear):
+class RowLinear(CutLinear):
     """A linear layer cut along its inputs: [..., S, in / t] to the sum over the ranks [..., S, out], of which each has
     [..., S / t, out] with sequence parallelism. The bias is whole and added once, to the sum.
     """
 
+    @property
+    def multiplied_bias(self) -> None:
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
-        summed = leave(functional.linear(x, self.matrix()), self.ranks)
+        summed = leave(self.product(x), self.ranks)
         return summed if self.bias is None else summed + self.bias.to(summed.dtype)  # fp32 under autocast
 
 
@@ -106,7 +115,7 @@ class VocabEmbedding(nn.Module):
         return total(found.masked_fill(elsewhere[..., None], 0.0), self.ranks)
 
 
-class VocabHead(_Linear):
+class VocabHead(CutLinear):
     """Logits [..., S, V / t] cut along the vocabulary, with padding.
 
     Args:
@@ -129,7 +138,7 @@ class VocabHead(_Linear):
         self.rows, self.enters, self.keeps_cut = rows, enters, False
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = functional.linear(enter(x, self.ranks) if self.enters else x, self.weight, self.bias)
+        logits = self.product(enter(x, self.ranks) if self.enters else x)
         self.ranks.randomness.leave()
         return logits if self.keeps_cut else whole_logits(logits, self.rows, self.ranks)
 

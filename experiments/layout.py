@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -236,8 +236,6 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
     Raises:
         ValueError: the file does not fit, see engine/config.py.
     """
-    from dataclasses import replace
-
     from ..engine.config import Config, load_json
 
     _check(given)
@@ -266,8 +264,6 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
 
 def _divided(given: Options, keys: Mapping[str, Any], where: str) -> Options:
     """With what a file says of ranks by axis and of the pipeline, where the command line says nothing."""
-    from dataclasses import replace
-
     from ..engine.mesh import Parallelism, ParallelSection
     from ..engine.pipeline_section import PipelineSection
 
@@ -360,6 +356,11 @@ def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
         performed = layout.schedule if SCHEDULES[layout.schedule].performed else "1f1b"
         sections["pipeline"] = {"schedule": performed, "chunks": layout.interleave}
     return sections
+
+
+def with_positions(spec: ModelSpec, layout: Layout) -> ModelSpec:
+    """The model with positions for the layout's sequences, where it computes them."""
+    return replace(spec, seq=max(spec.seq, layout.seq))
 
 
 def computes_in(layout: Layout) -> str:

@@ -15,7 +15,7 @@ from ..sim.hardware import Cluster
 from ..sim.network import DTYPE_BYTES
 from ..sim.result import StepResult
 from ..sim.stages import Stage, price_pipeline, price_stage
-from .layout import Layout, computes_in, counts_blocks, engine_config
+from .layout import Layout, computes_in, counts_blocks, engine_config, with_positions
 from .models import ModelSpec
 
 Part = tuple[int, bool, bool]
@@ -113,6 +113,7 @@ def stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: Sequence[tup
 @lru_cache(maxsize=64)
 def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ...], ...]) -> Trace:
     ranks = len(parts)
+    layers = sum(blocks for own in parts for blocks, *_ in own)
     plan = _plan(layout.schedule, ranks, ranks, layout.interleave)
     config = engine_config(layout)
     config["parallel"] |= {"pipeline": ranks}
@@ -121,7 +122,7 @@ def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ..
         Plan(
             factory="windtunnel.experiments.transformer:for_flight",
             arguments={
-                "spec": replace(spec, layers=sum(blocks for own in parts for blocks, *_ in own)),
+                "spec": replace(with_positions(spec, layout), layers=layers),
                 "batch": layout.micro_batch,
                 "seq": layout.seq,
             },

@@ -16,7 +16,17 @@ from ..sim.memory import replay_memory
 from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
-from .layout import OFFLOAD_KEYS, Layout, Options, computes_in, counts_blocks, engine_config, from_deepspeed, resolve
+from .layout import (
+    OFFLOAD_KEYS,
+    Layout,
+    Options,
+    computes_in,
+    counts_blocks,
+    engine_config,
+    from_deepspeed,
+    resolve,
+    with_positions,
+)
 from .models import ModelSpec, load_model
 from .pipeline import simulate_pipeline
 
@@ -70,7 +80,7 @@ def scaling(
 def flight(spec: ModelSpec, layout: Layout) -> Trace:
     """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
     return _flight(
-        spec,
+        with_positions(spec, layout),
         world=layout.gpus,
         micro_batch=layout.micro_batch,
         seq=layout.seq,

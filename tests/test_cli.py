@@ -205,7 +205,7 @@ CLUSTER = 'base = "dgx-a100"\nnodes = "four"\n'
         (("--gpus", "many"), ("gpus = 'many'", "an integer")),
         (("--gpus", "8,"), ("gpus = '8,'", "an integer")),
         (("--gpus", "0"), ("gpus = 0", ">= 1")),
-        (("--gpus", "8", "--tp", "3"), ("tp = 3", "allowed")),
+        (("--gpus", "8", "--tp", "3"), ("gpus = 8", "tp * pp * cp = 3 * 1 * 1")),
         (("--gpus", "8", "--dp", "5"), ("dp = 5", "allowed")),
         (("--gpus", "8", "--global-batch", "12"), ("global-batch = 12", "a multiple of micro-batch * dp = 1 * 8")),
         (("--micro-batch", "0"), ("micro-batch = 0", "an integer >= 1")),

@@ -210,12 +210,13 @@ def train_stages(rank: int, world: int, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_in_pipeline_stages(four_ranks: World, sequence: bool) -> None:
+@pytest.mark.parametrize(("sequence", "schedule"), [(False, "1f1b"), (True, "1f1b"), (True, "zb-h1")])
+def test_in_pipeline_stages(four_ranks: World, sequence: bool, schedule: str) -> None:
     """The tied embedding is cut and on both stages."""
     parallel = {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": sequence},
         "gradient_accumulation_steps": 2,
+        "pipeline": {"schedule": schedule},
     }
     wanted = alone("gpt", 0.5, "AdamW").parameters
     for found in four_ranks.run(train_stages, Layout("gpt", 2, keys=parallel)):
