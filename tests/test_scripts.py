@@ -15,6 +15,7 @@ from scripts import classifier, gathered, snippet
 from torch import Tensor, nn
 from windtunnel import comm, zero
 from windtunnel.collectives.groups import Mesh
+from windtunnel.engine.communicator import SoloCommunicator
 from windtunnel.engine.config import Config
 from windtunnel.engine.dialect import ALWAYS, AUTO, REFUSED, RENAMED, translated
 from windtunnel.engine.engine import Engine, initialize
@@ -129,6 +130,16 @@ def test_the_mesh_of_eight_needs_eight() -> None:
     config = {"mp_size": 2, "dp_size": 2, "pipeline_size": 2}
     with pytest.raises(ValueError, match=r"dp_size \* mp_size \* pipeline_size = 2 \* 2 \* 2 = 8, but world = 1"):
         snippet.main(config)
+
+
+def test_a_linear_has_no_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before ranks are joined, so one stands for all eight here."""
+    one_of_eight = SoloCommunicator()
+    one_of_eight.world = 8
+    monkeypatch.setattr("windtunnel.engine.engine.communicator_for", lambda device, timeout_s: one_of_eight)
+    words = r"a Linear cannot be cut into pipeline stages; allowed: an nn.Sequential, .*; or leave out pipeline_size"
+    with pytest.raises(ValueError, match=words):
+        snippet.main({"mp_size": 2, "dp_size": 2, "pipeline_size": 2})
 
 
 @given(data=st.integers(1, 8), tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world=st.integers(1, 64))
