@@ -28,7 +28,11 @@ RINGS: dict[str, Any] = {"communication": {"transport": "sockets", "algorithms":
 
 
 def predicted(spec: ModelSpec, layout: Layout, machine: Cluster) -> list[dict[str, int]]:
-    """By pipeline rank, bytes by axis that each of its ranks sends, from flights of the stages."""
+    """By pipeline rank, bytes by axis that each of its ranks sends, from flights of the stages.
+
+    Flown is the first tensor rank, which has the largest part of what does not divide evenly. Of few-element reductions
+    over the whole job the mean is predicted: some ranks of a ring send more of them than others.
+    """
     plan = prefetch(with_communication(schedule_plan(layout)))
     nbytes = message_bytes(spec, layout)
     stages = price_stages(spec, layout, machine, plan)

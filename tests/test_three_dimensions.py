@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from windtunnel.experiments.three_dimensions import (
 )
 from windtunnel.sim.hardware import load_cluster
 
-STEPS = 4
+STEPS = 3
 
 Alone = tuple[Task, Known]
 
@@ -47,7 +48,6 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     [
         Layout(data=2, tensor=2, pipeline=2, schedule="1f1b", zero=1),
         Layout(data=2, tensor=2, pipeline=2, schedule="zb-v", zero=2, sequence_parallel=True),
-        Layout(tensor=2, pipeline=4, schedule="zb-h1", sequence_parallel=True),
     ],
     ids=str,
 )
@@ -56,11 +56,15 @@ def test_eight_ranks_equal_one_process(world_of: Callable[[int], World], one_pro
     assert row.ok, row
 
 
-def test_another_training_is_seen(two_ranks: World, one_process: Alone) -> None:
-    """What is compared with has other batches: the row says so, and which tensor is off."""
+def test_what_is_off_is_named(two_ranks: World, one_process: Alone, tmp_path: Path) -> None:
+    """One tensor of the process that the ranks are held against is changed a little."""
     task, known = one_process
-    row = compared(two_ranks, Layout(tensor=2), task, Known(known.losses[:-1], known.sizes, known.moments))
-    assert not row.ok
+    kept = torch.load(task.snapshot_path(STEPS - 1))
+    kept["parameter", "blocks.1.mlp.up.bias"] += 1e-8
+    moved = replace(task, folder=str(tmp_path))
+    torch.save(kept, moved.snapshot_path(STEPS - 1))
+    row = compared(two_ranks, Layout(tensor=2), moved, known)
+    assert (row.ok, row.tensor) == (False, "blocks.1.mlp.up.bias")
 
 
 def test_the_study_has_every_schedule_at_every_place() -> None:
@@ -96,8 +100,8 @@ def test_a_checkpoint_of_three_dimensions_loads_anywhere(
     """2 x 2 x 2, then 1 x 4 x 2 in another order of work, then one process; moments included."""
     task, _ = one_process
     for until, layout in (
-        (2, Layout(data=2, tensor=2, pipeline=2, zero=1)),
-        (3, Layout(tensor=4, pipeline=2, schedule="zb-v", zero=2, sequence_parallel=True)),
+        (1, Layout(data=2, tensor=2, pipeline=2, zero=1)),
+        (2, Layout(tensor=4, pipeline=2, schedule="zb-v", zero=2, sequence_parallel=True)),
     ):
         everyones = world_of(8).run(go_on, layout, str(tmp_path), until)
         for found in everyones[1:]:
@@ -111,6 +115,13 @@ def test_a_checkpoint_of_three_dimensions_loads_anywhere(
 
 
 # Bytes #
+
+
+EVEN = replace(SPEC, layers=4, ffn=16)
+"""Tensor ranks have equal parts of it: a flight is of the first one, which else has the largest."""
+
+MACHINE = load_cluster("dgx-a100")
+"""Any will do: no algorithm is chosen here."""
 
 
 def job(data: int, tensor: int, pipeline: int, schedule: str, zero: int, cut: bool) -> jobs.Layout:
@@ -128,7 +139,7 @@ def job(data: int, tensor: int, pipeline: int, schedule: str, zero: int, cut: bo
         clip=0.5,
         engine=json.dumps(RINGS),
     )
-    return jobs.resolve(options, SPEC, load_cluster("dgx-a100"))
+    return jobs.resolve(options, EVEN, MACHINE)
 
 
 def expected(layout: jobs.Layout, counted: Counted) -> dict[str, int]:
@@ -136,7 +147,7 @@ def expected(layout: jobs.Layout, counted: Counted) -> dict[str, int]:
     units = [UnitSize(elements=elements, element_bytes=4) for elements, _ in counted.units]
     found = {
         "data": sent_bytes_per_step(units, Zero.of_stage(layout.zero), layout.dp, layout.accumulation),
-        "pipeline": counted.messages * message_bytes(SPEC, layout),
+        "pipeline": counted.messages * message_bytes(EVEN, layout),
     }
     if tied := reduced(layout, counted, "tied"):
         found["tied"] = sent_bytes(tied, 2)
@@ -150,8 +161,8 @@ def reduced(layout: jobs.Layout, counted: Counted, axis: str) -> Counter[Sent]:
 
 
 def check_bytes(world: World, layout: jobs.Layout) -> None:
-    forecast = predicted(SPEC, layout, load_cluster("dgx-a100"))
-    ranks: list[Counted] = world.run(count, SPEC, layout)
+    forecast = predicted(EVEN, layout, MACHINE)
+    ranks: list[Counted] = world.run(count, EVEN, layout)
     few_elements = 0
     for counted in ranks:
         said, sent = (
@@ -169,7 +180,7 @@ def check_bytes(world: World, layout: jobs.Layout) -> None:
         world.size // layout.pp
     )
     layers = SharedLayers(
-        layers=SPEC.layers, batch=layout.micro_batch, seq=layout.seq, hidden=SPEC.hidden, ranks=layout.tp,
+        layers=EVEN.layers, batch=layout.micro_batch, seq=layout.seq, hidden=EVEN.hidden, ranks=layout.tp,
         sequence_parallel=layout.sequence_parallel, element_bytes=4,
     )  # fmt: skip
     if layout.tp > 1:
@@ -181,7 +192,7 @@ def check_bytes(world: World, layout: jobs.Layout) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [(1, 2, 2, "1f1b", 0, False), (1, 2, 2, "zb-v", 0, True), (2, 1, 2, "interleaved", 2, False)],
+    [(1, 2, 2, "1f1b", 0, False), (2, 1, 2, "zb-v", 2, False)],
     ids=str,
 )
 def test_what_four_ranks_send_was_predicted(four_ranks: World, layout: tuple[int, int, int, str, int, bool]) -> None:
