@@ -21,6 +21,7 @@ metrics         writers of metrics: JSONL, CSV, TensorBoard, W&B
 monitor         what the engine tells of its steps, and to whom
 flat            a model's parameters in flat units, the same on all ranks that have them
 stages          a model as a row of layers, cut into the chunks of pipeline stages
+layer_flops     what each layer of a model costs, traced: for stages that are equal in work
 pipeline        PipelineEngine: a step of a model whose layers are on several ranks
 pipeline_section  the config's section on it, and the plans that follow
 pipeline_format  what chunks hand to each other: shapes, found once

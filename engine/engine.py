@@ -34,7 +34,7 @@ from .sampling import Share
 from .saves import Saves
 from .scheduler import scheduler_for
 from .sections import OptimizerSection
-from .stages import LayerList
+from .stages import LayerList, layers_of
 from .tensor_models import share_layers
 from .tier import Tiers
 from .transfer import Moved, Transfers
@@ -94,6 +94,8 @@ def initialize(
     communicator = communicator_for(model_device(model), timeout_s)
     source = getattr(args, "deepspeed_config", None) if config is None else config
     settings = Config.read(source, communicator.world, args)
+    if settings.parallelism.pipeline > 1:
+        layers_of(model)  # refused here, before ranks are joined and layers cut
     groups = groups_for(communicator, settings)
     randomness = share_layers(
         model,

@@ -184,7 +184,8 @@ def tying(groups: Groups, settings: Config, stages: tuple[int, ...]) -> Groups:
     """The same with the axis TIED, which joins the ranks at these places of each pipeline; all ranks must call it."""
     mesh = settings.mesh
     members = tuple(tuple(pipeline[stage] for stage in stages) for pipeline in mesh.groups(PIPELINE))
-    return replace(groups, beside={**groups.beside, TIED: groups.run.among(members, TIED)})
+    tied = _following(groups.run.among(members, TIED), mesh, settings.communication)
+    return replace(groups, beside={**groups.beside, TIED: tied})
 
 
 def _redundant(communicator: Communicator, everyone: Communicator, mesh: Mesh, settings: Config) -> Groups:
@@ -207,9 +208,13 @@ def _redundant(communicator: Communicator, everyone: Communicator, mesh: Mesh, s
 
 
 def _along(communicator: Communicator, mesh: Mesh, axis: str, wishes: Communication) -> Communicator:
-    """A group of an axis, which does as the config says on the network that it sees."""
-    seen = tiers_along(mesh.placement(axis), wishes.network()) if wishes.tiers else ()
-    group = communicator.along(mesh, axis)
+    """A group of an axis, which does as the config says."""
+    return _following(communicator.along(mesh, axis), mesh, wishes)
+
+
+def _following(group: Communicator, mesh: Mesh, wishes: Communication) -> Communicator:
+    """The group of an axis, from now on as the config says on the network that it sees."""
+    seen = tiers_along(mesh.placement(group.axis), wishes.network()) if wishes.tiers else ()
     group.follow(replace(wishes, tiers=tuple(asdict(tier) for tier in seen)))
     return group
 

@@ -58,6 +58,11 @@ def describe(
     return Kernel(name, family, flops, read, written, DTYPE_NAMES.get(first.dtype, str(first.dtype)), shape)
 
 
+def flops_of(function: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> float:
+    """FLOPs of an operator, as `describe` has them; 0 for what only moves or adds values."""
+    return _arithmetic(function.overloadpacket.__name__, arguments, results)[1]
+
+
 def _bytes(tensor: Tensor) -> int:
     """What a kernel touches of a tensor: an expanded one is smaller in memory than its shape says."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

@@ -18,7 +18,8 @@ class PipelineSection:
         chunks: of the model on each rank; left out: the fewest that the schedule can have.
         partition: which layers make a chunk: as equal as can be in "parameters", in number ("uniform"), in `costs`
             ("cost"), in bytes of states and activations ("memory"), or as `layers` says ("layers").
-        costs: of each layer; for "memory" the bytes of one micro-batch's activations.
+        costs: of each layer, as `layer_flops` (engine/layer_flops.py) counts them; for "memory" the bytes of one
+            micro-batch's activations.
         layers: of each chunk, in the order of the model, how many.
         ahead: receives are posted so many forwards and backwards before their use.
     """

@@ -77,7 +77,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
         return [Layer(child, (name,)) for name, child in model._modules.items() if child is not None]
     raise ValueError(
         f"a {type(model).__name__} cannot be cut into pipeline stages; allowed: an nn.Sequential, a list of layers, or"
-        " a model with a method pipeline_layers() that returns windtunnel.engine.stages.Layer values"
+        " a model with a method pipeline_layers() that returns windtunnel.engine.stages.Layer values; or leave out"
+        " pipeline_size"
     )
 
 

@@ -28,6 +28,8 @@ choices      which algorithm is fastest at which size on a cluster: rows and a p
 reproduce    published tables and figures made again
 redundancy   ranks that agree always, now and then, never: how far they drift, and what it costs
 pipelines    pipeline schedules beside their closed forms: bubble and activations against micro-batches
+three_dimensions  data, tensor and pipeline ranks together beside one process: every schedule
+axis_bytes   what each rank of such a job sends by axis: simulated, and counted by ledgers and the kernel
 curves       bus bandwidth of all-reduce against size: priced, published, measured here
 timing       measures them, on all ranks at once
 primitives   which operators, products and modules are measured

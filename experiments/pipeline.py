@@ -29,23 +29,33 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         since: `perf_counter` when the work on this answer began.
     """
     plan = prefetch(with_communication(schedule_plan(layout)))
+    return price_pipeline(
+        plan,
+        price_stages(spec, layout, machine, plan),
+        machine,
+        mesh_of(layout),
+        message_bytes=message_bytes(spec, layout),
+        precision=computes_in(layout),
+        tokens_per_step=layout.global_batch * layout.seq,
+        layout=asdict(layout),
+        since=since,
+    )
+
+
+def price_stages(spec: ModelSpec, layout: Layout, machine: Cluster, plan: PipelinePlan) -> list[Stage]:
+    """By pipeline rank, what its work costs; ranks with the same chunks are flown once."""
     parts = parts_of(spec.layers, plan)
     stages: dict[tuple[Part, ...], Stage] = {}
     for rank, own in enumerate(parts):
         if own not in stages:
             trace = stage_flight(spec, layout, rank, tuple(parts))
             stages[own] = price_stage(trace, machine, plan, layout.fidelity)
-    return price_pipeline(
-        plan,
-        [stages[own] for own in parts],
-        machine,
-        mesh_of(layout),
-        message_bytes=prod(hidden_shape(spec, layout)) * DTYPE_BYTES[layout.precision],
-        precision=computes_in(layout),
-        tokens_per_step=layout.global_batch * layout.seq,
-        layout=asdict(layout),
-        since=since,
-    )
+    return [stages[own] for own in parts]
+
+
+def message_bytes(spec: ModelSpec, layout: Layout) -> int:
+    """What a stage hands to the next one of a micro-batch, and gets back."""
+    return prod(hidden_shape(spec, layout)) * DTYPE_BYTES[layout.precision]
 
 
 @lru_cache(maxsize=64)

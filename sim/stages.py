@@ -151,7 +151,7 @@ def price_pipeline(
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
     executed_flops = sum(stage.replay.executed_flops for stage in stages) / plan.ranks
     processor = cluster.processor
-    sent = [_sent(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
+    sent = [sent_by_axis(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
     return StepResult(
         step_time_s=step.step_s,
         tokens_per_s=tokens_per_step / step.step_s,
@@ -212,8 +212,13 @@ def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     return seconds
 
 
-def _sent(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> Counter[str]:
-    """Bytes that a rank sends in a step, by axis."""
+def sent_by_axis(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> Counter[str]:
+    """Bytes that a rank sends in a step, by axis.
+
+    Args:
+        plan: with its messages.
+        message_bytes: of each of them.
+    """
     steps = plan.micro_batches // plan.micro_batches_per_step
     sent = Counter(stage.replay.sent_bytes)
     sent["pipeline"] += sum(sent_messages(plan, rank).values()) * message_bytes // steps

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from scripts import classifier, gathered, snippet
 from torch import Tensor, nn
 from windtunnel import comm, zero
 from windtunnel.collectives.groups import Mesh
+from windtunnel.engine.communicator import Communicator, SoloCommunicator
 from windtunnel.engine.config import Config
 from windtunnel.engine.dialect import ALWAYS, AUTO, REFUSED, RENAMED, translated
 from windtunnel.engine.engine import Engine, initialize
@@ -129,6 +131,25 @@ def test_the_mesh_of_eight_needs_eight() -> None:
     config = {"mp_size": 2, "dp_size": 2, "pipeline_size": 2}
     with pytest.raises(ValueError, match=r"dp_size \* mp_size \* pipeline_size = 2 \* 2 \* 2 = 8, but world = 1"):
         snippet.main(config)
+
+
+class OneOfEight(SoloCommunicator):
+    """A rank that stands for all eight, until it would have to meet the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = 8
+
+    def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
+        raise AssertionError(f"ranks are joined along {axis!r}")
+
+
+def test_a_linear_has_no_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before ranks are joined, by what has to change first: with a tensor plan it still could not be cut."""
+    monkeypatch.setattr("windtunnel.engine.engine.communicator_for", lambda device, timeout_s: OneOfEight())
+    words = r"a Linear cannot be cut into pipeline stages; allowed: an nn.Sequential, .*; or leave out pipeline_size"
+    with pytest.raises(ValueError, match=words):
+        snippet.main({"mp_size": 2, "dp_size": 2, "pipeline_size": 2})
 
 
 @given(data=st.integers(1, 8), tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world=st.integers(1, 64))

@@ -12,8 +12,17 @@ from windtunnel.collectives.partition_stages import balanced
 from windtunnel.collectives.pipeline import Send, Wait
 from windtunnel.collectives.pipeline_acknowledge import acknowledgements
 from windtunnel.collectives.pipeline_schedules import SCHEDULES
+from windtunnel.engine.layer_flops import layer_flops
 from windtunnel.engine.pipeline_section import PipelineSection, in_flight_by_stage
-from windtunnel.engine.stages import Layer, LayerList, bounds_of, chunks_of, drop_others, layers_of, tied_ranks
+from windtunnel.engine.stages import (
+    Layer,
+    LayerList,
+    bounds_of,
+    chunks_of,
+    drop_others,
+    layers_of,
+    tied_ranks,
+)
 from windtunnel.experiments.models import ModelSpec
 from windtunnel.experiments.transformer import Transformer, initialize_weights
 
@@ -66,6 +75,39 @@ def row() -> nn.Sequential:
 def test_methods(method: str, costs: tuple[float, ...], bounds: tuple[int, ...]) -> None:
     model = row()
     assert bounds_of(model, layers_of(model), 2, method, costs, [2, 1]) == bounds
+
+
+class Wide(nn.Sequential):
+    """Its layers in the middle are deeper than those at the ends."""
+
+    def __init__(self) -> None:
+        deep = [nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth))) for depth in (1, 4, 3, 1)]
+        super().__init__(*deep, nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def test_cut_by_traced_cost() -> None:
+    """A Linear on B rows takes 2 * B * in * out; a uniform cut would put both deep layers on the first stage."""
+    model, x = Wide(), torch.randn(3, 8)
+    state = torch.get_rng_state()
+    costs = layer_flops(model, (x,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert costs == (*(2 * 3 * 64 * depth for depth in (1, 4, 3, 1)), 0, 0, 2 * 3 * 16)
+    section = PipelineSection(partition="cost", costs=costs)
+    layers = layers_of(model)
+    assert bounds_of(model, layers, 2, section.partition, section.costs) == (0, 2, 7)
+    assert bounds_of(model, layers, 2, "uniform") == (0, 3, 7)
+
+
+def test_the_traced_cost_of_a_transformer() -> None:
+    """Matrix products of a block by hand, and attention of all heads: 2 * 2 * S * S * hidden; on meta as well."""
+    model = transformer(attention="full")
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    costs = layer_flops(model, (tokens,), (tokens,))
+    weights, rows = 8 * 24 + 8 * 8 + 2 * 8 * 12, 2 * 6
+    assert costs == (0, *[2 * rows * weights + 2 * 4 * 6 * 6 * 8] * 3, 2 * rows * 8 * 17)
+    on_meta = tokens.to("meta")
+    assert layer_flops(model.to("meta"), (on_meta,), (on_meta,)) == costs
 
 
 def test_micro_batches_in_flight() -> None:
