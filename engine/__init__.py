@@ -29,6 +29,7 @@ pipeline_play   one rank's program of a plan: forwards, backwards, messages
 stage_flight    flies one rank of a pipeline: its chunks one micro-batch at a time, each action a phase
 pipeline_runtime  ZeRO under a pipeline: several micro-batches under way, chunks as one
 deferred        linear layers whose weight gradients come after backward
+letterbox       messages between two ranks of one host, through shared memory
 letters         messages between two CPU ranks
 partition       which parameters travel together
 unit            a flat unit: its buffers and the moves between them

@@ -7,7 +7,9 @@ on weaker machines (ARM) a release followed by an acquire of one lock is a full 
 """
 
 import mmap
+import os
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,22 +21,30 @@ _LINE_WORDS = 16  # two cache lines of 64 bytes, which x86 fetches together
 _WRITTEN, _READ = 0, _LINE_WORDS
 _LABELS = 2 * _LINE_WORDS  # of each slot: tag, bytes
 _DATA_BYTES = mmap.PAGESIZE
-CHANNEL_BYTES = _DATA_BYTES + SLOTS * SLOT_BYTES
+
+
+def channel_bytes(slot_bytes: int) -> int:
+    """Of a channel's file."""
+    return _DATA_BYTES + SLOTS * slot_bytes
 
 
 class Channel:
     """One end of the ring of slots from one rank to another: see [Note: cursors].
+
+    Args:
+        slot_bytes: a multiple of the size of every dtype.
 
     Attributes:
         count: slots that this end has written or read.
         payload_bytes: what has gone through this end.
     """
 
-    def __init__(self, file: int) -> None:
-        self._map = mmap.mmap(file, CHANNEL_BYTES)
+    def __init__(self, file: int, slot_bytes: int = SLOT_BYTES) -> None:
+        self.slot_bytes = slot_bytes
+        self._map = mmap.mmap(file, channel_bytes(slot_bytes))
         self.words = memoryview(self._map).cast("Q")
         data = torch.frombuffer(self._map, dtype=torch.uint8, offset=_DATA_BYTES)
-        self._slots = {torch.uint8: list(data.split(SLOT_BYTES))}
+        self._slots = {torch.uint8: list(data.split(slot_bytes))}
         self.count = 0
         self.payload_bytes = 0
 
@@ -79,6 +89,42 @@ class Channel:
         self.count += 1
         self.payload_bytes += nbytes
         self.words[cursor] = self.count
+
+
+def make_channel(path: Path, slot_bytes: int = SLOT_BYTES) -> Channel:
+    """The sender's end. It gets its name when it is whole.
+
+    Raises:
+        RuntimeError: there is no room for it.
+    """
+    beside, nbytes = path.with_suffix(".new"), channel_bytes(slot_bytes)
+    file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+        os.rename(beside, path)
+        return Channel(file, slot_bytes)
+    except OSError as error:
+        os.unlink(beside)
+        room = os.statvfs(path.parent)
+        raise RuntimeError(
+            f"{path.parent} has no room for {nbytes} bytes, {room.f_bavail * room.f_frsize} are free: enlarge it"
+            f" (docker run --shm-size), or use sockets ({error})"
+        ) from None
+    finally:
+        os.close(file)
+
+
+def find_channel(path: Path, slot_bytes: int = SLOT_BYTES) -> Channel | None:
+    """The receiver's end, once the sender has made it. Both have it then, and nobody else needs its name."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        os.unlink(path)
+        return Channel(file, slot_bytes)
+    finally:
+        os.close(file)
 
 
 _fence = threading.Lock()

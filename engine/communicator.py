@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives.groups import Mesh
+from ..collectives.groups import PIPELINE, Mesh
 from .communication_section import Communication
 from .observer import SILENT, Observer
 
@@ -230,6 +230,9 @@ class Communicator(ABC):
         of this rank; None where nothing is sent in another format. Nothing waits for it here."""
         return None
 
+    def give_up(self, cause: str) -> None:  # noqa: B027  (NCCL's watchdog ends what hangs)
+        """This rank does not go on. Ranks that wait for it are told why at once, where there is a way to."""
+
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Give back threads; nothing may be under way."""
 
@@ -250,26 +253,47 @@ class SoloCommunicator(Communicator):
         return DONE
 
 
+# [Note: one way]
+# Messages of one NCCL communicator run in the order in which they were posted. A receive that is posted ahead of its
+# use would hold up every send behind it, also one that its sender waits for, and a pipeline would stand still. Its proof
+# counts on a queue for each direction between two ranks, so along that axis each direction between neighbours (the
+# ends of the row are neighbours, for interleaved chunks) has a process group of two, with a communicator and a stream
+# of its own. Elsewhere what is exchanged is one batch that all ranks post together, as a shift.
+
+
 class NativeCommunicator(Communicator):
     """The backend's own collectives, with the group's own time limit: NCCL on CUDA.
 
     Args:
-        owner: the process group was made for this communicator and ends with it.
+        owner: the process groups were made for this communicator and end with it.
+        one_way: by (sender, receiver), the group of two that their messages go through: see [Note: one way].
     """
 
-    def __init__(self, axis: str, group: dist.ProcessGroup, timeout_s: float = 600.0, *, owner: bool = False) -> None:
+    def __init__(
+        self,
+        axis: str,
+        group: dist.ProcessGroup,
+        timeout_s: float = 600.0,
+        *,
+        owner: bool = False,
+        one_way: Mapping[tuple[int, int], dist.ProcessGroup] | None = None,
+    ) -> None:
         super().__init__(axis, group.rank(), group.size())
         self.group, self.timeout_s, self.owner = group, timeout_s, owner
+        self.one_way = dict(one_way or {})
 
     def among(self, members: Sequence[tuple[int, ...]], axis: str) -> Communicator:
-        group = new_process_group(members, dist.get_process_group_ranks(self.group), self.timeout_s)
+        ranks = dist.get_process_group_ranks(self.group)
+        group = new_process_group(members, ranks, self.timeout_s)
+        one_way = one_way_groups(members, ranks, self.timeout_s) if axis == PIPELINE else {}
         if group is None:
             return SoloCommunicator(axis)
-        return NativeCommunicator(axis, group, self.timeout_s, owner=True)
+        return NativeCommunicator(axis, group, self.timeout_s, owner=True, one_way=one_way)
 
     def close(self) -> None:
         if self.owner:
-            dist.destroy_process_group(self.group)
+            for group in (*self.one_way.values(), self.group):
+                dist.destroy_process_group(group)
             self.owner = False
 
     def follow(self, wishes: Communication) -> None:
@@ -282,14 +306,23 @@ class NativeCommunicator(Communicator):
         return NativeHandle(native_collective(self.group, call), call.entry)
 
     def post(self, calls: Sequence[Call]) -> list[Handle]:
-        # As a batch also where it is one message: NCCL keeps all batches of a group in the order of the calls.
         moves = {"send": dist.isend, "recv": dist.irecv}
         ranks = dist.get_process_group_ranks(self.group)
+        if self.one_way:
+            started = [moves[c.entry.kind](c.buffer, ranks[c.root], self._way(c)) for c in calls]
+            return [NativeHandle(work, call.entry) for work, call in zip(started, calls, strict=True)]
+        # As a batch also where it is one message: NCCL keeps all batches of a group in the order of the calls.
         operations = [dist.P2POp(moves[c.entry.kind], c.buffer, ranks[c.root], self.group) for c in calls]
         works = dist.batch_isend_irecv(operations)  # a single one for all, where the backend joins them
         if len(works) < len(calls):
             works = works[-1:] * len(calls)
         return [NativeHandle(work, call.entry) for work, call in zip(works, calls, strict=True)]
+
+    def _way(self, call: Call) -> dist.ProcessGroup:
+        ends = (self.rank, call.root) if call.entry.kind == "send" else (call.root, self.rank)
+        if ends not in self.one_way:
+            raise ValueError(f"{call.entry} from rank {ends[0]} to {ends[1]}; allowed: between neighbours of the axis")
+        return self.one_way[ends]
 
 
 class NativeHandle:
@@ -319,6 +352,25 @@ def new_process_group(
         group = dist.new_group([ranks[member] for member in numbers], timeout=timedelta(seconds=timeout_s))
         if isinstance(group, dist.ProcessGroup):
             mine = group
+    return mine
+
+
+def one_way_groups(
+    members: Sequence[tuple[int, ...]], ranks: Sequence[int], timeout_s: float
+) -> dict[tuple[int, int], dist.ProcessGroup]:
+    """By (sender, receiver), places in this rank's group, a process group of their own for each two neighbours in it.
+
+    Arguments as of `new_process_group`; every rank of the whole world must call it.
+    """
+    mine = {}
+    for numbers in members:
+        size = len(numbers)
+        onward = [(place, (place + 1) % size) for place in range(size)] if size > 1 else []
+        for ends in dict.fromkeys([*onward, *((b, a) for a, b in onward)]):
+            pair = tuple(numbers[place] for place in ends)
+            group = new_process_group([pair], ranks, timeout_s)
+            if group is not None:
+                mine[ends] = group
     return mine
 
 

@@ -37,6 +37,7 @@ from .communicator import (
     native_collective,
     new_process_group,
 )
+from .letterbox import LARGEST_BYTES, Letterboxes
 from .letters import Mail, first_line, lone_message
 from .program import Arrival, Message, Posted, Transport, lower
 from .shared_memory import FOLDER, SharedMemory
@@ -112,7 +113,8 @@ class GlooCommunicator(Communicator):
                 raise ValueError(f"shared_memory = True, but {APART}: leave it out")
             self.transport = SharedMemory(self.rank, self.names, self._token, timeout_s, self._look_up)
         self.selection = default_selection(self.transport.name, self.world)
-        self._mail = Mail(group, self.names, timeout_s)
+        self._mail = Mail(group, self.names, timeout_s, self._look_up)
+        self.letterboxes = Letterboxes(self.rank, self.names, self._token, timeout_s, self._look_up)
         self._sequence = 0
         self._plays: deque[_Play] = deque()
         self._entrance, self._turn = threading.Lock(), threading.Lock()
@@ -161,10 +163,25 @@ class GlooCommunicator(Communicator):
         return GlooCommunicator(axis, group, self.store, self.timeout_s, owner=True)
 
     def post(self, calls: Sequence[Call]) -> list[Handle]:
-        """Start messages at once, beside the queue: Gloo moves them while this rank computes."""
+        """Start messages at once, beside the queue, with or without the peer."""
         if self._failure is not None:
             raise self._failure
-        return [self._mail.post(call) for call in calls]
+        return [self._carrier(call).post(call) for call in calls]
+
+    def _carrier(self, call: Call) -> Mail | Letterboxes:
+        """Both ends know the size, so they take the same one; each has an order of its own."""
+        shared = isinstance(self.transport, SharedMemory) and call.buffer.nbytes <= LARGEST_BYTES
+        return self.letterboxes if shared else self._mail
+
+    def give_up(self, cause: str) -> None:
+        """Fail from now on, and have the others' waits fail: where they look into shared memory within a second, where
+        they wait for a socket when this process ends or their time is over."""
+        if self._failure is None:
+            self._failure = CommunicationError(f"this rank gave up: {cause}")
+            with suppress(RuntimeError, OSError):  # the store's host may be gone: then nobody hears
+                self.store.set(self._board(self.rank), f"gave up: {cause}")
+                if not self.store.check([self._board("any")]):
+                    self.store.set(self._board("any"), f"rank {self.names[self.rank]} gave up: {cause}")
 
     # The queue #
 
@@ -214,6 +231,7 @@ class GlooCommunicator(Communicator):
         self._signal.put(False)
         self._thread.join(self.timeout_s)
         self.transport.close(failed=self._failure is not None)
+        self.letterboxes.close(failed=self._failure is not None)
         if self.owner:
             dist.destroy_process_group(self.group)
             self.owner = False
@@ -256,14 +274,16 @@ class GlooCommunicator(Communicator):
     def _look_up(self) -> None:
         """Give up early if another rank did."""
         if self.store.check([self._board("any")]):
-            raise RuntimeError("another rank gave up")
+            raise RuntimeError(self.store.get(self._board("any")).decode())
 
     def _explain(self, play: "_Play", error: Exception) -> CommunicationError:
         """Tell the other ranks what we were doing, hear what they were doing, and name those that differ."""
         mine = f"number {play.number}, {play.call.entry}"
-        others = self._exchange(mine)
+        others = self._exchange(f"was in {mine}")
         parts = [f"{mine}, {play.call.label}: {first_line(error)}"]
-        parts += [f"rank {self.names[rank]} was in {call}" for rank, call in sorted(others.items()) if call != mine]
+        parts += [
+            f"rank {self.names[rank]} {said}" for rank, said in sorted(others.items()) if said != f"was in {mine}"
+        ]
         missing = sorted(set(range(self.world)) - {self.rank} - set(others))
         if missing:
             silent = ", ".join(f"rank {self.names[rank]}" for rank in missing)
@@ -271,12 +291,13 @@ class GlooCommunicator(Communicator):
         return CommunicationError("; ".join(parts))
 
     def _exchange(self, mine: str) -> dict[int, str]:
-        """What each rank that answers in time says it was doing."""
+        """What each rank that answers in time says of itself."""
         answers: dict[int, str] = {}
         deadline = time.monotonic() + ANSWER_S
         with suppress(RuntimeError, OSError):  # the store's host may be gone: then nobody answers
             self.store.set(self._board(self.rank), mine)
-            self.store.set(self._board("any"), "")
+            if not self.store.check([self._board("any")]):
+                self.store.set(self._board("any"), "another rank gave up")
             while len(answers) < self.world - 1 and time.monotonic() < deadline:
                 for rank in set(range(self.world)) - {self.rank} - set(answers):
                     if self.store.check([self._board(rank)]):  # waiting on the store would log each time-out

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -22,10 +22,16 @@ def lone_message(entry: Entry) -> tuple[Posted, ...]:
 
 
 class Mail:
-    """The messages of one group. Gloo's own thread moves them as soon as both ends have posted theirs."""
+    """The messages of one group. Gloo's own thread moves them as soon as both ends have posted theirs.
 
-    def __init__(self, group: dist.ProcessGroup, names: Sequence[int], timeout_s: float) -> None:
-        self.group, self.names, self.timeout_s = group, names, timeout_s
+    Args:
+        look_up: called when a wait has failed; raises a RuntimeError that says why, if a rank has told.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, names: Sequence[int], timeout_s: float, look_up: Callable[[], None]
+    ) -> None:
+        self.group, self.names, self.timeout_s, self.look_up = group, names, timeout_s, look_up
         self._count: Counter[tuple[str, int]] = Counter()  # messages so far, by direction and peer
 
     def post(self, call: Call) -> "_Delivery":
@@ -54,7 +60,12 @@ class _Delivery:
             way = (
                 f"from rank {mine} to rank {peer}" if call.entry.kind == "send" else f"from rank {peer} to rank {mine}"
             )
-            raise CommunicationError(f"{call.entry}, {call.label}, {way}: {first_line(error)}") from None
+            said = first_line(error)
+            try:
+                mail.look_up()
+            except RuntimeError as cause:
+                said = f"{said}; {cause}"
+            raise CommunicationError(f"{call.entry}, {call.label}, {way}: {said}") from None
 
 
 def first_line(error: Exception) -> str:

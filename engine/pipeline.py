@@ -167,7 +167,18 @@ class PipelineEngine(Engine):
             return self._mean(self._pass(self._evaluation, data_iter))
 
     def _pass(self, plan: Plan, data_iter: Iterator[Any] | None) -> list[Tensor]:
-        """All micro-batches through this rank's chunks; the losses that came out here."""
+        """All micro-batches through this rank's chunks; the losses that came out here.
+
+        An error on one rank is told to all that may wait for it: what it owes them will not come.
+        """
+        try:
+            return self._play(plan, data_iter)
+        except Exception as error:
+            for group in self.groups.each():
+                group.give_up(f"{type(error).__name__}: {error}")
+            raise
+
+    def _play(self, plan: Plan, data_iter: Iterator[Any] | None) -> list[Tensor]:
         inputs, targets = self._read(data_iter)
         if self._held is None:
             self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .channel import CHANNEL_BYTES, SLOT_BYTES, SLOTS, Channel
+from .channel import SLOT_BYTES, SLOTS, Channel, find_channel, make_channel
 from .program import Arrival, Message, Posted
 
 FOLDER = Path("/dev/shm")
@@ -76,7 +76,7 @@ class SharedMemory:
             coming.earlier = [arrivals[place] for place in coming.arrival.earlier]
         self._lay_aside(arrivals, buffer)
         leaving, expected = _by_peer(sends), _by_peer(arrivals)
-        patience = _Patience(self.timeout_s, self.look_up)
+        patience = Patience(self.timeout_s, self.look_up)
         while leaving or expected:
             moved = False
             for peer in list(leaving):
@@ -96,7 +96,7 @@ class SharedMemory:
         """Copy one piece into the channel to a peer if there is room."""
         channel = self.outward.get(peer)
         if channel is None:
-            channel = self.outward[peer] = self._make(peer)
+            channel = self.outward[peer] = make_channel(self._path(self.rank, peer))
         if not channel.can_write():
             return False
         move = leaving[peer][0]
@@ -109,7 +109,7 @@ class SharedMemory:
         """Take one piece out of the channel from a peer if it is there and its place may be touched."""
         channel = self.inward.get(peer)
         if channel is None:
-            channel = self._find(peer)
+            channel = find_channel(self._path(peer, self.rank))
             if channel is None:
                 return False
             self.inward[peer] = channel
@@ -146,38 +146,6 @@ class SharedMemory:
 
     def _path(self, source: int, target: int) -> Path:
         return FOLDER / f"windtunnel-{self.token}-{source}-{target}"
-
-    def _make(self, peer: int) -> Channel:
-        """The channel to a peer. It gets its name when it is whole."""
-        path = self._path(self.rank, peer)
-        beside = path.with_suffix(".new")
-        file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(file, 0, CHANNEL_BYTES)
-            os.rename(beside, path)
-            return Channel(file)
-        except OSError as error:
-            os.unlink(beside)
-            room = os.statvfs(FOLDER)
-            raise RuntimeError(
-                f"{FOLDER} has no room for {CHANNEL_BYTES} bytes, {room.f_bavail * room.f_frsize} are free: enlarge it"
-                f" (docker run --shm-size), or use sockets ({error})"
-            ) from None
-        finally:
-            os.close(file)
-
-    def _find(self, peer: int) -> Channel | None:
-        """The channel from a peer, once it has made it. Both have it then, and nobody else needs its name."""
-        path = self._path(peer, self.rank)
-        try:
-            file = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return None
-        try:
-            os.unlink(path)
-            return Channel(file)
-        finally:
-            os.close(file)
 
     def release_buffers(self) -> None:
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -269,11 +237,11 @@ class _Coming(_Move):
         )
 
 
-class _Patience:
+class Patience:
     """Looks again at once for a while, then sleeps ever longer, and gives up at the time limit."""
 
-    def __init__(self, timeout_s: float, look_up: Callable[[], None]) -> None:
-        self.timeout_s, self.look_up = timeout_s, look_up
+    def __init__(self, timeout_s: float, look_up: Callable[[], None], longest_sleep_s: float = LONGEST_SLEEP_S) -> None:
+        self.timeout_s, self.look_up, self.longest_sleep_s = timeout_s, look_up, longest_sleep_s
         self.renew()
 
     def renew(self) -> None:
@@ -293,7 +261,7 @@ class _Patience:
             return False
         if self.looks % LOOK_UP_AFTER == 0:
             self.look_up()
-        time.sleep(min(SHORTEST_SLEEP_S * (self.looks - LOOKS + 1), LONGEST_SLEEP_S))
+        time.sleep(min(SHORTEST_SLEEP_S * (self.looks - LOOKS + 1), self.longest_sleep_s))
         return True
 
 

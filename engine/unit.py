@@ -182,6 +182,7 @@ class FlatUnit:
         start, stop = self.bounds
         with self.observer.category("gradients"):
             self.gradient = torch.zeros(self.elements, dtype=dtype, device=self.full.device)
+        self._gradient_of = {p: self.gradient[a:b].view(p.shape) for p, (a, b) in self.views.items()}
         if self.zero.gradients:
             if self.rest is None:
                 with self.observer.category("gradients"):
@@ -343,10 +344,9 @@ class FlatUnit:
         gradient = parameter.grad
         assert gradient is not None
         parameter.grad = None
-        if self.gradient.untyped_storage().size() == 0:
+        if self.zero.gradients and self.gradient.untyped_storage().size() == 0:
             self._restore(self.gradient, "buffers")
-        start, stop = self.views[parameter]
-        view = self.gradient[start:stop].view(parameter.shape)
+        view = self._gradient_of[parameter]
         with torch.no_grad():
             if parameter in self.seen:
                 view.add_(gradient, alpha=scale)

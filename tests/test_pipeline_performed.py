@@ -13,11 +13,11 @@ from small_models import SAMPLES, Batch, regression_batch, token_batch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
-from windtunnel.engine.communicator import Handle, Letter
+from windtunnel.engine.communicator import CommunicationError, Handle, Letter
 from windtunnel.engine.config import Config
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.pipeline import PipelineEngine
-from windtunnel.engine.stages import LayerList
+from windtunnel.engine.stages import Layer, LayerList, run_layers
 from windtunnel.engine.world import World
 from windtunnel.experiments.models import ModelSpec
 from windtunnel.experiments.transformer import Transformer, initialize_weights
@@ -430,32 +430,95 @@ def test_what_a_pipeline_refuses(
     assert all(re.search(words, said) for said in two_ranks.run(say, overrides, make))
 
 
-def refuse_shapes(rank: int, world: int) -> list[str]:
-    """On the first rank, before anything is sent; the others are not told to step."""
+def refuse(rank: int, world: int) -> list[str]:
+    """What each rank is told of batches that the first one cannot send on."""
     case = Case("layers", steps=1)
-    engine = start(case)
-    engine.train_batch(micro_batches(case, 0, 0, 1))
+    x, y = regression_batch(1)
     said = []
-    if rank == 0:
-        x, y = regression_batch(1)
-        for batches in ([(x, y)] * 4, [(x[:3], y[:3])] * 2, [x[:3]] * 4):
-            with pytest.raises(ValueError) as error:  # noqa: PT011  (the words are compared by the test)
-                engine.train_batch(iter(batches))
-            said.append(str(error.value))
-    for call in (lambda: engine(1), lambda: engine.backward(1), engine.step):
-        with pytest.raises(RuntimeError, match="train_batch"):
-            call()
-    again = engine.train_batch(micro_batches(case, 1, 0, 1))
-    engine.close()
-    assert torch.isfinite(again)
+    for batches in ([(x, y)] * 4, [(x[:3], y[:3])] * 2, [x[:3]] * 4):
+        engine = start(case)
+        engine.train_batch(micro_batches(case, 0, 0, 1))
+        given = iter(batches) if rank == 0 else micro_batches(case, 1, 0, 1)
+        with pytest.raises((ValueError, CommunicationError)) as error:
+            engine.train_batch(given)
+        said.append(str(error.value))
+        engine.close()
     return said
 
 
-def test_other_shapes_are_refused_before_anything_is_sent(two_ranks: World) -> None:
-    shapes, ended, kind = two_ranks.run(refuse_shapes)[0]
-    assert "micro-batch 0 has inputs of shapes [(12, 7)], but the first one of the run [(3, 7)]" in shapes
-    assert "data_iter ended at micro-batch 2 of 4" in ended
-    assert "gave a Tensor" in kind
+def test_batches_that_are_refused_are_heard_of_by_all(two_ranks: World) -> None:
+    """By the others at once, with the cause: at the end of the time that they wait they would know of none."""
+    first, second = two_ranks.run(refuse)
+    words = (
+        "micro-batch 0 has inputs of shapes [(12, 7)], but the first one of the run [(3, 7)]",
+        "data_iter ended at micro-batch 2 of 4",
+        "gave a Tensor",
+    )
+    for said, heard, cause in zip(first, second, words, strict=True):
+        assert cause in said
+        assert "rank 0 gave up: ValueError" in heard
+        assert cause in heard
+
+
+def refuse_calls(rank: int, world: int) -> bool:
+    engine = start(Case("layers", steps=1))
+    for call in (lambda: engine(1), lambda: engine.backward(1), engine.step):
+        with pytest.raises(RuntimeError, match="train_batch"):
+            call()
+    loss = engine.train_batch(micro_batches(Case("layers"), 0, 0, 1))
+    engine.close()
+    return bool(torch.isfinite(loss))
+
+
+def test_a_pipeline_has_no_steps_but_its_own(two_ranks: World) -> None:
+    assert all(two_ranks.run(refuse_calls))
+
+
+# Parameters that some stages use #
+
+
+class HeldTwice(nn.Module):
+    """Layers at both ends hold `weight`, but the last one does not read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(7, dtype=torch.float64))
+        self.middle, self.last = nn.Linear(7, 5).double(), nn.Linear(5, 3).double()
+
+    def pipeline_layers(self) -> list[Layer]:
+        return [
+            Layer(lambda x: x * self.weight, ("weight",)),
+            Layer(self.middle, ("middle",)),
+            Layer(self.last, ("last", "weight")),
+        ]
+
+    def forward(self, x: Tensor) -> Any:
+        return run_layers(self.pipeline_layers(), (x,))
+
+
+def train_held_twice(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """(the tied parameter after two steps here, as this stage holds it; in one process)"""
+    case = Case("layers", micro_batches=4, keys=(("partition", "layers"), ("layers", (2, 1))))
+    model = HeldTwice()
+    engine, *_ = initialize(model, functional.mse_loss, case.config(), timeout_s=20.0)
+    for step in range(2):
+        engine.train_batch(micro_batches(case, step, 0, 1))
+    engine.close()
+    whole = HeldTwice()
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(2):
+        x, y = regression_batch(step)
+        functional.mse_loss(whole(x), y).backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), case.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.weight.detach().clone(), whole.weight.detach()
+
+
+def test_a_tied_parameter_that_one_stage_uses_is_stepped_on_all(two_ranks: World) -> None:
+    for found, wanted in two_ranks.run(train_held_twice):
+        assert (found - wanted).norm() / wanted.norm() <= TOLERANCE
 
 
 def test_the_ordinary_engine_names_what_it_lacks() -> None:
