@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from windtunnel.engine import optim
 from windtunnel.engine.communicator import Communicator, SoloCommunicator
-from windtunnel.engine.engine import Engine, initialize
+from windtunnel.engine.config import Config
+from windtunnel.engine.device import communicator_for
+from windtunnel.engine.engine import Engine
+from windtunnel.engine.groups import groups_for
 from windtunnel.engine.mesh import Parallelism
 from windtunnel.engine.roles import Role, Whole, give_role
 
@@ -202,7 +205,11 @@ def start(rank: int, layout: Layout) -> Engine:
     cut(model, layout.tensor, place["tensor"])
     if layout.pipeline == 2:
         setattr(model, ("second", "first")[place["pipeline"]], None)
-    engine, *_ = initialize(model, layout.config, timeout_s=20.0)
+    # Not by `initialize`, which would cut stages itself.
+    communicator = communicator_for(torch.device("cpu"), 20.0)
+    settings = Config.read(layout.config, communicator.world)
+    optimizer = getattr(optim, layout.optimizer)(model.parameters(), lr=1e-2, weight_decay=0.1)
+    engine = Engine(model, settings, groups_for(communicator, settings), optimizer, timeout_s=20.0)
     for module in model.modules():
         if isinstance(module, Block):
             module.group = engine.groups.axis("tensor")
