@@ -255,10 +255,10 @@ class SoloCommunicator(Communicator):
 
 # [Note: one way]
 # Messages of one NCCL communicator run in the order in which they were posted. A receive that is posted ahead of its
-# use would hold up every send behind it, also one that its sender waits for, and a pipeline would stand still. Its proof
-# counts on a queue for each direction between two ranks, so along that axis each direction between neighbours (the
-# ends of the row are neighbours, for interleaved chunks) has a process group of two, with a communicator and a stream
-# of its own. Elsewhere what is exchanged is one batch that all ranks post together, as a shift.
+# use would hold up every send behind it, also one that its sender waits for, and a pipeline would stand still. The
+# proof of a pipeline counts on a queue for each direction between two ranks, so along that axis each direction between
+# neighbours (the ends of the row are neighbours, for interleaved chunks) has a process group of two, with a
+# communicator and a stream of its own. Elsewhere what is exchanged is one batch that all ranks post together, as a shift.
 
 
 class NativeCommunicator(Communicator):
@@ -310,7 +310,7 @@ class NativeCommunicator(Communicator):
         ranks = dist.get_process_group_ranks(self.group)
         if self.one_way:
             started = [moves[c.entry.kind](c.buffer, ranks[c.root], self._way(c)) for c in calls]
-            return [NativeHandle(work, call.entry) for work, call in zip(started, calls, strict=True)]
+            return [NativeHandle(_started(work), call.entry) for work, call in zip(started, calls, strict=True)]
         # As a batch also where it is one message: NCCL keeps all batches of a group in the order of the calls.
         operations = [dist.P2POp(moves[c.entry.kind], c.buffer, ranks[c.root], self.group) for c in calls]
         works = dist.batch_isend_irecv(operations)  # a single one for all, where the backend joins them
@@ -323,6 +323,11 @@ class NativeCommunicator(Communicator):
         if ends not in self.one_way:
             raise ValueError(f"{call.entry} from rank {ends[0]} to {ends[1]}; allowed: between neighbours of the axis")
         return self.one_way[ends]
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # torch gives None to ranks outside of the group
+    return work
 
 
 class NativeHandle:

@@ -59,8 +59,7 @@ def products(module: nn.Module, together: Callable[[Iterable[nn.Parameter]], boo
 
 def _product(layer: nn.Module) -> Product | None:
     if isinstance(layer, CutLinear):
-        weight: nn.Parameter = layer.weight
-        return Product(weight, layer.multiplied_bias, layer.transposed, partial(setattr, layer, "product"))
+        return Product(layer.weight, layer.multiplied_bias, layer.transposed, partial(setattr, layer, "product"))
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
         assert isinstance(layer, nn.Linear)
         weight: nn.Parameter = layer.weight
