@@ -258,7 +258,8 @@ class SoloCommunicator(Communicator):
 # use would hold up every send behind it, also one that its sender waits for, and a pipeline would stand still. The
 # proof of a pipeline counts on a queue for each direction between two ranks, so along that axis each direction between
 # neighbours (the ends of the row are neighbours, for interleaved chunks) has a process group of two, with a
-# communicator and a stream of its own. Elsewhere what is exchanged is one batch that all ranks post together, as a shift.
+# communicator and a stream of its own. Elsewhere what is exchanged is one batch that all ranks post together, as a
+# shift.
 
 
 class NativeCommunicator(Communicator):

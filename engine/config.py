@@ -146,6 +146,11 @@ class Config:
             ValueError: an unknown key, a wrong type, or sizes that do not fit a `world` of so many ranks.
         """
         where, data = load_json(source)
+        return cls.of(data, where, world, arguments)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], where: str, world: int, arguments: Any = None) -> "Config":
+        """As `read`, from the keys as written; `where` is what errors call them."""
         keys = read_into(Json, translated(data, where, arguments), where)
         parallelism = Parallelism.of(
             keys.parallel,

@@ -62,8 +62,8 @@ def _product(layer: nn.Module) -> Product | None:
         return Product(layer.weight, layer.multiplied_bias, layer.transposed, partial(setattr, layer, "product"))
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
         assert isinstance(layer, nn.Linear)
-        weight: nn.Parameter = layer.weight
-        return Product(weight, layer.bias, False, partial(setattr, layer, "forward"))
+        assert isinstance(layer.weight, nn.Parameter)
+        return Product(layer.weight, layer.bias, False, partial(setattr, layer, "forward"))
     return None
 
 

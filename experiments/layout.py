@@ -244,7 +244,8 @@ def from_deepspeed(source: str | Path | Mapping[str, Any], given: Options) -> Op
     where, keys = load_json(source)
     given = _divided(given, keys, where)
     ranks = given.dp or (given.gpus or 1) // (given.tp * given.pp * given.cp)
-    config = Config.read({name: value for name, value in keys.items() if name not in DIVIDING}, max(1, ranks))
+    rest = {name: value for name, value in keys.items() if name not in DIVIDING}
+    config = Config.of(rest, where, max(1, ranks))
     said = dict(_rest(keys))
     offload, offload_to = _offload(given, config.placement)
     return replace(
