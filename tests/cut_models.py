@@ -200,16 +200,20 @@ class Layout:
         }
 
 
+def engine_of(model: nn.Module, layout: Layout) -> Engine:
+    """Of a model that is cut already, not by `initialize`, which would do that itself."""
+    communicator = communicator_for(torch.device("cpu"), 20.0)
+    settings = Config.read(layout.config, communicator.world)
+    optimizer = getattr(optim, layout.optimizer)(model.parameters(), lr=1e-2, weight_decay=0.1)
+    return Engine(model, settings, groups_for(communicator, settings), optimizer, timeout_s=20.0)
+
+
 def start(rank: int, layout: Layout) -> Engine:
     model, place = whole_model(), layout.place(rank)
     cut(model, layout.tensor, place["tensor"])
     if layout.pipeline == 2:
         setattr(model, ("second", "first")[place["pipeline"]], None)
-    # Not by `initialize`, which would cut stages itself.
-    communicator = communicator_for(torch.device("cpu"), 20.0)
-    settings = Config.read(layout.config, communicator.world)
-    optimizer = getattr(optim, layout.optimizer)(model.parameters(), lr=1e-2, weight_decay=0.1)
-    engine = Engine(model, settings, groups_for(communicator, settings), optimizer, timeout_s=20.0)
+    engine = engine_of(model, layout)
     for module in model.modules():
         if isinstance(module, Block):
             module.group = engine.groups.axis("tensor")

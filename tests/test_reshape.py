@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut_models import Layout, start, step, train_alone, whole_model
+from cut_models import Layout, engine_of, start, step, train_alone, whole_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from windtunnel.engine.checkpoint_files import CheckpointError, Manifest
 from windtunnel.engine.checkpoint_share import Assets, share
-from windtunnel.engine.engine import initialize
 from windtunnel.engine.export import consolidate, export
 from windtunnel.engine.roles import Role, give_role
 from windtunnel.engine.world import World
@@ -175,7 +174,7 @@ def test_what_stages_share_is_saved_once() -> None:
 def save_without_saying_how(rank: int, world: int, folder: str) -> str:
     model = nn.Linear(3, 2)
     give_role(model.weight, Role(cut=("tensor",)))
-    engine, *_ = initialize(model, {"train_batch_size": 1, "parallel": {"tensor": 2}}, timeout_s=20.0)
+    engine = engine_of(model, Layout(tensor=2))
     with pytest.raises(CheckpointError) as failure:
         engine.save_checkpoint(folder)
     engine.close()

@@ -82,3 +82,35 @@ def test_stages_go_on_at_any_layout(four_ranks: World, tmp_path: Path, name: str
         assert float((lone[key] - value).norm() / value.norm()) <= 1e-10, key
     exported = load_file(tmp_path / "weights" / "model.safetensors")
     assert exported.keys() == lone.keys()
+
+
+def go_on_shared(
+    rank: int, world: int, sizes: tuple[int, int], stage: int, folder: str, until: int
+) -> dict[str, Tensor]:
+    """The same with layers that ranks share, besides."""
+    tensor, pipeline = sizes
+    case = Case("tied", "1f1b", pipeline, stage)
+    config = case.config() | {"gradient_accumulation_steps": 3, "parallel": {"tensor": tensor}}
+    engine, *_ = initialize(MODELS["tied"].make(), config, timeout_s=20.0)
+    engine.load_checkpoint(folder)
+    samples = engine.groups.axis("data")
+    while engine.global_steps < until:
+        x, y = (each.chunk(samples.world)[samples.rank] for each in MODELS["tied"].batch(engine.global_steps))
+        micro_batches = list(zip(x.chunk(3), y.chunk(3), strict=True))
+        if pipeline > 1:
+            engine.train_batch(iter(micro_batches))
+        else:
+            for batch in micro_batches:
+                engine.backward(engine(*batch))
+                engine.step()
+    engine.save_checkpoint(folder)
+    whole = engine.full_state_dict()
+    engine.close()
+    return whole
+
+
+def test_three_axes_go_on_at_any_layout(four_ranks: World, tmp_path: Path) -> None:
+    for steps, (sizes, stage) in enumerate([((2, 2), 1), ((1, 4), 0), ((2, 1), 3), ((1, 2), 2), ((2, 2), 2)], 1):
+        found = four_ranks.run(go_on_shared, sizes, stage, str(tmp_path), steps)[0]
+    for key, value in alone("tied", 0.5, 5).parameters.items():
+        assert float((found[key] - value).norm() / value.norm()) <= 1e-10, key
