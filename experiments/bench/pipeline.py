@@ -1,5 +1,7 @@
 """A step of 1F1B on Gloo ranks: our engine and torch.distributed.pipelining, interleaved; writes results/pipeline.csv.
 
+Two models: in one computation takes nearly all of the time, in the other messages and the host's work count.
+
     python -m windtunnel.experiments.bench.pipeline [ranks ...]
 
 Both train the same model, cut at the same layers, with torch's fused AdamW, in the same processes; they take turns step
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,20 +31,27 @@ from ..files import write_csv
 from ..models import ModelSpec
 from ..transformer import Transformer, initialize_weights
 
-SPEC = ModelSpec(
-    name="bench-13m",
-    layers=8,
-    hidden=384,
-    heads=6,
-    vocab=512,
-    seq=128,
-    mlp="gelu",
-    norm="layernorm",
-    positions="learned",
-    attention="causal",
-    tied=False,
-    bias=True,
-)
+
+def gpt(name: str, layers: int, hidden: int, heads: int) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        vocab=512,
+        seq=128,
+        mlp="gelu",
+        norm="layernorm",
+        positions="learned",
+        attention="causal",
+        tied=False,
+        bias=True,
+    )
+
+
+LARGE = gpt("bench-14m", layers=8, hidden=384, heads=6)
+SMALL = gpt("bench-1m", layers=6, hidden=96, heads=3)
+MODELS = (LARGE, SMALL)
 MICRO_BATCHES = 8
 RESULTS = Path(__file__).parent / "results" / "pipeline.csv"
 WARM_UP, ROUNDS = 3, 16
@@ -50,20 +59,29 @@ WARM_UP, ROUNDS = 3, 16
 Step = Callable[[], None]
 
 
-def compare(rank: int, world: int, spec: ModelSpec, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, by who did it: "windtunnel", "torch"."""
+class Times(NamedTuple):
+    """Seconds of each step by the clock, and those that this process computed."""
+
+    wall_s: list[float]
+    cpu_s: list[float]
+
+
+def compare(rank: int, world: int, spec: ModelSpec, rounds: int) -> dict[str, Times]:
+    """By who did the steps: "windtunnel", "torch"."""
     engine = our_engine(spec, world)
     steps = {"windtunnel": our_step(engine, spec), "torch": their_step(engine, spec, rank, world)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times = {name: Times([], []) for name in steps}
     for number in range(WARM_UP + rounds):
         order = list(steps) if number % 2 else list(reversed(steps))
         for name in order:
             dist.barrier()
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             steps[name]()
+            busy = time.process_time() - busy
             dist.barrier()  # until the slowest rank is through
             if number >= WARM_UP:
-                times[name].append(time.perf_counter() - began)
+                times[name].wall_s.append(time.perf_counter() - began)
+                times[name].cpu_s.append(busy)
     engine.close()
     return times
 
@@ -139,26 +157,33 @@ def their_step(engine: PipelineEngine, spec: ModelSpec, rank: int, world: int) -
     return step
 
 
+def row(spec: ModelSpec, ranks: int, found: Sequence[dict[str, Times]]) -> dict[str, object]:
+    """A line of the results, from what each rank found; CPU seconds are of all ranks together."""
+    wall = {name: statistics.median(times.wall_s) for name, times in found[0].items()}
+    cpu = {name: sum(statistics.median(rank[name].cpu_s) for rank in found) for name in wall}
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "model": spec.name,
+        "ranks": ranks,
+        "parameters": sum(parameter.numel() for parameter in Transformer(spec).parameters()),
+        "micro_batches": MICRO_BATCHES,
+        "tokens_per_micro_batch": spec.seq,
+        "windtunnel_s": f"{wall['windtunnel']:.4f}",
+        "torch_s": f"{wall['torch']:.4f}",
+        "windtunnel_over_torch": f"{wall['windtunnel'] / wall['torch']:.3f}",
+        "windtunnel_cpu_s": f"{cpu['windtunnel']:.4f}",
+        "torch_cpu_s": f"{cpu['torch']:.4f}",
+    }
+
+
 def main() -> None:
     rows = []
     for ranks in [int(argument) for argument in sys.argv[1:]] or [2]:
         with World(ranks, threads=1) as world:
-            times = world.run(compare, SPEC, ROUNDS)[0]
-        median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        rows.append(
-            {
-                "date": date.today().isoformat(),
-                "machine": f"{platform.machine()}, torch {torch.__version__}",
-                "ranks": ranks,
-                "parameters": sum(parameter.numel() for parameter in Transformer(SPEC).parameters()),
-                "micro_batches": MICRO_BATCHES,
-                "tokens_per_micro_batch": SPEC.seq,
-                "windtunnel_s": f"{median['windtunnel']:.4f}",
-                "torch_s": f"{median['torch']:.4f}",
-                "windtunnel_over_torch": f"{median['windtunnel'] / median['torch']:.3f}",
-            }
-        )
-        print(*rows[-1].values(), flush=True)
+            for spec in MODELS:
+                rows.append(row(spec, ranks, world.run(compare, spec, ROUNDS)))
+                print(*rows[-1].values(), flush=True)
     write_csv(RESULTS, rows)
 
 
