@@ -12,7 +12,7 @@ from test_performed import TRANSPORTS, make
 from windtunnel.collectives.algorithms import algorithm
 from windtunnel.collectives.program import sent_elements
 from windtunnel.engine import gloo, shared_memory
-from windtunnel.engine.channel import CHANNEL_BYTES, SLOTS
+from windtunnel.engine.channel import SLOT_BYTES, SLOTS, channel_bytes, find_channel, make_channel
 from windtunnel.engine.communicator import CommunicationError
 from windtunnel.engine.shared_memory import SharedMemory
 from windtunnel.engine.world import World
@@ -43,8 +43,8 @@ def test_a_channel_is_a_queue(
     """What is written comes out in order and unchanged, whoever moves when; no more than SLOTS are ever under way."""
     with mock.patch.object(shared_memory, "FOLDER", tmp_path_factory.mktemp("channel")):
         one, other = transport(0, "t"), transport(1, "t")
-        sender = one._make(1)
-        receiver = other._find(0)
+        sender = make_channel(one._path(0, 1))
+        receiver = find_channel(other._path(0, 1))
         assert receiver is not None
         pieces = [torch.arange(length) + 1000 * number for number, length in enumerate(lengths)]
         written = read = 0
@@ -66,16 +66,16 @@ def test_a_channel_is_a_queue(
 
 def test_files_are_gone_once_both_have_them(ends: tuple[SharedMemory, SharedMemory]) -> None:
     one, other = ends
-    one._make(1)
+    make_channel(one._path(0, 1))
     assert len(list(shared_memory.FOLDER.iterdir())) == 1
-    assert other._find(0) is not None
+    assert find_channel(other._path(0, 1)) is not None
     assert list(shared_memory.FOLDER.iterdir()) == []
-    assert other._find(0) is None
+    assert find_channel(other._path(0, 1)) is None
 
 
 def test_what_nobody_fetched_is_removed(ends: tuple[SharedMemory, SharedMemory]) -> None:
     one, _ = ends
-    one.outward[1] = one._make(1)
+    one.outward[1] = make_channel(one._path(0, 1))
     one.outward[1].write(torch.zeros(3), 0)
     one.close(failed=True)
     assert list(shared_memory.FOLDER.iterdir()) == []
@@ -84,8 +84,11 @@ def test_what_nobody_fetched_is_removed(ends: tuple[SharedMemory, SharedMemory])
 def test_no_room_is_an_error_that_says_what_to_do(ends: tuple[SharedMemory, SharedMemory]) -> None:
     one, _ = ends
     full = mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(RuntimeError, match=rf"no room for {CHANNEL_BYTES} bytes, \d+ are free: enlarge it"):
-        one._make(1)
+    with (
+        full,
+        pytest.raises(RuntimeError, match=rf"no room for {channel_bytes(SLOT_BYTES)} bytes, \d+ are free: enlarge it"),
+    ):
+        make_channel(one._path(0, 1))
     assert list(shared_memory.FOLDER.iterdir()) == []
 
 
