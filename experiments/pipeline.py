@@ -14,7 +14,8 @@ from ..engine.pilot import Plan, StageToFly, fly
 from ..sim.hardware import Cluster
 from ..sim.network import DTYPE_BYTES
 from ..sim.result import StepResult
-from ..sim.stages import Stage, price_pipeline, price_stage
+from ..sim.stages import Stage, compose_stages, price_pipeline, price_stage
+from ..sim.timeline import pipeline_spans, to_json
 from .layout import Layout, computes_in, counts_blocks, engine_config, with_positions
 from .models import ModelSpec
 
@@ -40,6 +41,14 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         layout=asdict(layout),
         since=since,
     )
+
+
+def pipeline_timeline(spec: ModelSpec, layout: Layout, machine: Cluster) -> str:
+    """The actions of every pipeline rank as a Perfetto file."""
+    plan = prefetch(with_communication(schedule_plan(layout)))
+    stages = price_stages(spec, layout, machine, plan)
+    step = compose_stages(plan, stages, machine, mesh_of(layout), message_bytes(spec, layout))
+    return to_json(pipeline_spans(step))
 
 
 def price_stages(spec: ModelSpec, layout: Layout, machine: Cluster, plan: PipelinePlan) -> list[Stage]:

@@ -24,11 +24,12 @@ from .layout import (
     counts_blocks,
     engine_config,
     from_deepspeed,
+    refuse,
     resolve,
     with_positions,
 )
 from .models import ModelSpec, load_model
-from .pipeline import simulate_pipeline
+from .pipeline import pipeline_timeline, simulate_pipeline
 
 SECONDS_PER_DAY = 86_400
 
@@ -113,13 +114,22 @@ def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult)
     """The job of `result` as a Perfetto file."""
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
-    trace = flight(spec, Layout(**result.layout))
+    layout = Layout(**result.layout)
+    if layout.pp > 1:
+        return pipeline_timeline(spec, layout, machine)
+    trace = flight(spec, layout)
     step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
     return to_json(step.spans, replay_memory(trace, machine.processor))
 
 
 def saved_trace(model: str | ModelSpec, result: StepResult) -> str:
-    """The trace of the job of `result` as a JSON file."""
+    """The trace of the job of `result` as a JSON file.
+
+    Raises:
+        ValueError: a job with stages, of which each has a trace.
+    """
+    if result.layout["pp"] > 1:
+        refuse("save_trace", "FILE", "pp = 1: a job with pipeline stages has a trace for each of them")
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     return dumps(flight(spec, Layout(**result.layout)))
 

@@ -105,18 +105,21 @@ class RankMemory:
         return sum(self.peak.values())
 
 
-def rank_memory(plan: Plan, rank: int, stage: Stage) -> RankMemory:
+def rank_memory(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> RankMemory:
     """The flight's peak, with as many activations besides as the plan keeps at most.
 
-    A schedule without a flush keeps older versions of the parameters besides. That the hungriest chunk is at its peak
-    when most is in flight is an upper bound, and exact where chunks are alike.
+    What a chunk has received of a micro-batch is kept as long as its activations. A schedule without a flush keeps
+    older versions of the parameters besides. That the hungriest chunk is at its peak when most is in flight is an upper
+    bound, and exact where chunks are alike.
     """
+    received = (message_bytes * (plan.stage(rank, chunk) > 0) for chunk in range(plan.chunks))
+    kept_bytes = [own + other for own, other in zip(stage.kept_bytes, received, strict=True)]
     most, now = 0, 0
     for action in plan.actions(rank):
-        now += kept(action) * stage.kept_bytes[action.chunk]
+        now += kept(action) * kept_bytes[action.chunk]
         most = max(most, now)
     peak = dict(stage.memory.peak)
-    peak["activations"] += max(0, most - max(stage.kept_bytes))
+    peak["activations"] += max(0, most - max(kept_bytes))
     peak["parameters"] += (schedule(plan.schedule).weight_versions - 1) * stage.resting["parameters"]
     rounding = stage.memory.reserved_bytes / stage.memory.total_bytes
     return RankMemory(peak=peak, reserved_bytes=round(sum(peak.values()) * rounding))
@@ -144,9 +147,8 @@ def price_pipeline(
         precision, tokens_per_step, layout, since: as for `price`.
     """
     began = perf_counter() if since is None else since
-    link = _link(cluster, mesh, message_bytes)
-    step = compose(plan, [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)], link)
-    memories = [rank_memory(plan, rank, stage) for rank, stage in enumerate(stages)]
+    step = compose_stages(plan, stages, cluster, mesh, message_bytes)
+    memories = [rank_memory(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
     memory = max(memories, key=lambda one: one.total_bytes)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
     executed_flops = sum(stage.replay.executed_flops for stage in stages) / plan.ranks
@@ -177,6 +179,14 @@ def price_pipeline(
         events=step.events + sum(stage.replay.events for stage in {id(each): each for each in stages}.values()),
         layout={**layout, "gpus": mesh.world},
     )
+
+
+def compose_stages(
+    plan: Plan, stages: Sequence[Stage], cluster: Cluster, mesh: Mesh, message_bytes: int
+) -> PipelineStep:
+    """The step that the stages make of a plan; arguments as for `price_pipeline`."""
+    prices = [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
+    return compose(plan, prices, _link(cluster, mesh, message_bytes))
 
 
 def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:

@@ -1,5 +1,6 @@
 """Simulated jobs whose model is divided among ranks: what follows from the sizes must come out of the flights."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from windtunnel.collectives.pipeline_schedules import SCHEDULES
 from windtunnel.experiments import pipeline
 from windtunnel.experiments.models import ModelSpec, load_model
 from windtunnel.experiments.pipeline import parts_of
-from windtunnel.experiments.simulate import simulate
+from windtunnel.experiments.simulate import saved_trace, simulate, timeline
 from windtunnel.sim.result import StepResult
 
 DEMO = replace(load_model("gpt-demo"), layers=8, hidden=512, heads=8, kv_heads=8, ffn=2048, tied=False)
@@ -67,6 +68,19 @@ def test_schedules_differ_as_they_promise() -> None:
     assert zero_bubble.breakdown_s["bubble"] < 0.8 * bubbles[2]
     activations = [result.peak_memory_bytes["activations"] for result in (gpipe, plain)]
     assert activations[0] > 3 * activations[1]  # 16 micro-batches in flight against 4
+
+
+def test_a_timeline_has_a_stream_for_each_stage() -> None:
+    result = step(gpus=4, pp=4, global_batch=8)
+    events = json.loads(timeline(DEMO, CLUSTER, result))["traceEvents"]
+    actions = [event for event in events if event["ph"] == "X"]
+    assert len(actions) == 4 * 8 * 2
+    assert max(event["ts"] + event["dur"] for event in actions) < result.step_time_s * 1e6
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
+        f"pipeline rank {rank}" for rank in range(4)
+    }
+    with pytest.raises(ValueError, match="save-trace = FILE; allowed: pp = 1"):
+        saved_trace(DEMO, result)
 
 
 @pytest.mark.parametrize(("layers", "stages", "expected"), [(8, 4, [2, 2, 2, 2]), (70, 12, [5, *[6] * 10, 5])])
