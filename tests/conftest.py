@@ -41,7 +41,8 @@ def four_ranks(world_of: WorldOf) -> World:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool of them."""
+    """Two processes may run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool of them."""
     for item in items:
-        needs_ranks = "world" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if needs_ranks else item.path.name))
+        needs_ranks = "world" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ranks") is not None
+        shares = needs_ranks or hasattr(getattr(item, "module", None), "World")
+        item.add_marker(pytest.mark.xdist_group("ranks" if shares else item.path.name))
