@@ -41,7 +41,7 @@ def four_ranks(world_of: WorldOf) -> World:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes may run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool of them."""
+    """Two processes may run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool."""
     for item in items:
         needs_ranks = "world" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ranks") is not None
         shares = needs_ranks or hasattr(getattr(item, "module", None), "World")
