@@ -42,6 +42,7 @@ Command = Callable[..., Answer]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs a command line in this process."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # a process of pytest-xdist has one
 
     def run(*words: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["windtunnel", *words])
