@@ -40,6 +40,7 @@ def four_ranks(world_of: WorldOf) -> World:
     return world_of(4)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two processes may run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool."""
     for item in items:
