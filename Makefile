@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/windtunnel demo --out out/demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 # mypy names a package after its folder, and the checkout may be called anything: it sees the rooms
 # through a link named as the package is imported.

@@ -1,6 +1,7 @@
 """Worlds of Gloo ranks that start once per session, and are started again when a test has ended one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,10 +41,18 @@ def four_ranks(world_of: WorldOf) -> World:
     return world_of(4)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes may run the suite (pytest-xdist): one has all tests that need ranks, and so the only pool."""
-    for item in items:
-        needs_ranks = "world" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ranks") is not None
-        shares = needs_ranks or hasattr(getattr(item, "module", None), "World")
-        item.add_marker(pytest.mark.xdist_group("ranks" if shares else item.path.name))
+NEEDS_RANKS = ("engine.world import World", "pytest.mark.ranks", "windtunnel_verify", "world_of")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes may run the suite (pytest-xdist): one has all files that need ranks, and so the only pool."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OnePool(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            text = (config.rootpath / file).read_text()
+            return "ranks" if any(word in text for word in NEEDS_RANKS) else file
+
+    return OnePool(config, log)
