@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 
 from ..collectives.groups import Mesh
+from ..collectives.job_file import Job
 from ..collectives.pipeline import Plan as PipelinePlan
 from ..collectives.pipeline_messages import prefetch, with_communication
 from ..collectives.pipeline_schedules import SCHEDULES
@@ -14,8 +15,7 @@ from ..engine.pilot import Plan, StageToFly, fly
 from ..sim.hardware import Cluster
 from ..sim.network import DTYPE_BYTES
 from ..sim.result import StepResult
-from ..sim.stages import Stage, compose_stages, price_pipeline, price_stage
-from ..sim.timeline import pipeline_spans, to_json
+from ..sim.stages import Stage, price_pipeline, price_stage
 from .layout import Layout, computes_in, counts_blocks, engine_config, with_positions
 from .models import ModelSpec
 
@@ -43,12 +43,18 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
     )
 
 
-def pipeline_timeline(spec: ModelSpec, layout: Layout, machine: Cluster) -> str:
-    """The actions of every pipeline rank as a Perfetto file."""
-    plan = prefetch(with_communication(schedule_plan(layout)))
-    stages = price_stages(spec, layout, machine, plan)
-    step = compose_stages(plan, stages, machine, mesh_of(layout), message_bytes(spec, layout))
-    return to_json(pipeline_spans(step))
+def pipeline_job(spec: ModelSpec, layout: Layout) -> Job:
+    """The layout with the traces of its distinct ranks."""
+    parts = parts_of(spec.layers, schedule_plan(layout))
+    distinct = list(dict.fromkeys(parts))
+    return Job(
+        layout=asdict(layout),
+        precision=computes_in(layout),
+        tokens_per_step=layout.global_batch * layout.seq,
+        message_bytes=message_bytes(spec, layout),
+        traces=tuple(stage_flight(spec, layout, parts.index(own), tuple(parts)) for own in distinct),
+        stages=tuple(distinct.index(own) for own in parts),
+    )
 
 
 def price_stages(spec: ModelSpec, layout: Layout, machine: Cluster, plan: PipelinePlan) -> list[Stage]:

@@ -18,4 +18,8 @@ pipeline    a step of a pipeline composed from the prices of its stages: compute
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
 result      what a simulation says: time, breakdown, memory, traffic
+recording   a recorded replay op by op: its spans, what waits for what, memory over time
+pipeline_timeline  a pipelined step as a timeline: actions, messages, the streams inside
+job         a whole job priced and recorded from its traces
+chakra      jobs as Chakra execution traces, a graph per rank, and back
 """

@@ -186,7 +186,7 @@ def compose_stages(
 ) -> PipelineStep:
     """The step that the stages make of a plan; arguments as for `price_pipeline`."""
     prices = [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
-    return compose(plan, prices, _link(cluster, mesh, message_bytes))
+    return compose(plan, prices, link_seconds(cluster, mesh, message_bytes))
 
 
 def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
@@ -211,7 +211,7 @@ def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[
     return causes
 
 
-def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
+def link_seconds(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     """Seconds of a message between pipeline ranks, while all ranks beside them send theirs."""
     tiers = tiers_along(mesh.placement("pipeline"), topology(cluster, mesh.world).tiers)
 
