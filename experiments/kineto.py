@@ -8,6 +8,7 @@ GPU kernels that it started, or its own where there is no GPU.
 
 import gzip
 import json
+from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,21 +126,22 @@ def _nested(events: Sequence[Mapping[str, Any]]) -> list[Operator]:
 
 def _leaves(one: Operator) -> Iterator[Operator]:
     """The operators that a flight would see: not those that are made of others, nor those that others are made of."""
-    if one.name.startswith("aten::") and not _made_of_others(one.name):
+    if one.name.startswith("aten::") and not _made_of_others(one):
         yield one
         return
     for inner in one.inner:
         yield from _leaves(inner)
 
 
-def _made_of_others(name: str) -> bool:
-    """Whether torch takes an operator apart before a flight sees it."""
+def _made_of_others(one: Operator) -> bool:
+    """Whether torch takes an operator apart before a flight sees it; if it is not known, whether it calls others."""
     import torch
 
     try:
+        name = _overload(one).name()
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
-    except RuntimeError:  # this torch has no such operator
-        return False
+    except (AttributeError, RuntimeError, ValueError):
+        return bool(one.inner)
 
 
 def _device_seconds(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -198,19 +200,45 @@ def _attention(name: str, operands: "Sequence[Tensor]", results: "Sequence[Tenso
 
 def _call(one: Operator) -> tuple[Any, list[tuple[Any, Any]]]:
     """(the overload, its arguments with their places in the schema) of a recorded call."""
+    function, lists = _overload(one), _inner_type(one)
+    kinds, texts = _inputs(one)
+    empty: list[Any] = [[]] * len(kinds)
+    dims, strides = one.arguments["Input Dims"], one.arguments.get("Input Strides", empty)
+    given = zip(function._schema.arguments, kinds, dims, strides, texts, strict=True)
+    return function, [(place, _value(place, *what, of_lists=lists)) for place, *what in given]
+
+
+def _inputs(one: Operator) -> tuple[Sequence[str], Sequence[str]]:
+    """(types, numbers as text) of the arguments."""
+    kinds = one.arguments["Input type"]
+    return kinds, one.arguments.get("Concrete Inputs", [""] * len(kinds))
+
+
+def _overload(one: Operator) -> Any:
+    """The overload that was called: the first one that takes such arguments; the file gives no more than its name.
+
+    Raises:
+        ValueError: there is none.
+        AttributeError: this torch has no such operator.
+    """
     import torch
 
     packet = getattr(torch.ops.aten, one.name.removeprefix("aten::"))
-    kinds, dims = one.arguments.get("Input type", ()), one.arguments.get("Input Dims", ())
-    texts = one.arguments.get("Concrete Inputs", [""] * len(kinds))
-    strides = one.arguments.get("Input Strides", [[]] * len(kinds))
+    if "Input type" not in one.arguments:
+        raise ValueError("its arguments were not recorded")
+    kinds, texts = _inputs(one)
     for name in packet.overloads():
         function = getattr(packet, name)
         places = function._schema.arguments
         if len(places) == len(kinds) and all(map(_fits, places, kinds, texts)):
-            given = zip(places, kinds, dims, strides, texts, strict=True)
-            return function, [(place, _value(place, *what)) for place, *what in given]
+            return function
     raise ValueError(f"no overload takes {list(kinds)}")
+
+
+def _inner_type(one: Operator) -> str:
+    """The type of tensors that an operator or one that it calls was given by itself, else "float"."""
+    kinds = (kind for call in one.all() for kind in call.arguments.get("Input type", ()))
+    return next((kind for kind in kinds if kind not in NO_DTYPE), "float")
 
 
 def _fits(place: Any, kind: str, text: str) -> bool:
@@ -225,15 +253,18 @@ def _fits(place: Any, kind: str, text: str) -> bool:
     return "Tensor" in wanted
 
 
-def _value(place: Any, kind: str, dims: Any, strides: Any, text: str) -> Any:
-    """An argument: tensors on the meta device, numbers as they were written."""
+def _value(place: Any, kind: str, dims: Any, strides: Any, text: str, *, of_lists: str) -> Any:
+    """An argument: tensors on the meta device, numbers as they were written.
+
+    Args:
+        of_lists: type of tensors in lists, which the file leaves out.
+    """
     import torch
 
     if kind == "TensorList":
-        shapes = dims if isinstance(dims, list) else []
-        return [torch.empty(shape, device="meta") for shape in shapes]
+        return [_tensor(*one, dtype=_dtype(of_lists)) for one in zip(dims, strides or [[]] * len(dims), strict=True)]
     if kind not in NO_DTYPE:
-        return _tensor(dims, strides, _dtype(kind))
+        return _tensor(dims, strides, dtype=_dtype(kind))
     wanted = str(place.real_type)
     if wanted.removeprefix("Optional[").startswith("Device"):
         return torch.device("meta")
@@ -241,7 +272,7 @@ def _value(place: Any, kind: str, dims: Any, strides: Any, text: str) -> Any:
         return place.default_value if place.has_default_value() else None
     if "ScalarType" in wanted:
         return _scalar_type(int(text))
-    return json.loads(text.lower())
+    return literal_eval(text)
 
 
 def _scalar_type(number: int) -> Any:
@@ -252,7 +283,7 @@ def _scalar_type(number: int) -> Any:
     return getattr(torch, (names | {11: "bool", 15: "bfloat16"})[number])
 
 
-def _tensor(dims: Sequence[int], strides: Sequence[int], dtype: Any) -> "Tensor":
+def _tensor(dims: Sequence[int], strides: Sequence[int], *, dtype: Any) -> "Tensor":
     import torch
 
     if len(strides) == len(dims) and dims:
