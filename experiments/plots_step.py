@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -46,6 +47,9 @@ SHADES = 4
 
 MOST_TAKEN = 0.35
 """Where a step takes less than this share of the capacity, the capacity is said and not drawn."""
+
+DIGIT = 0.0065
+"""Width of a digit as a share of a pipeline's picture."""
 
 SMALLEST_LABEL = 0.045
 """Parts of a bar that are shorter than this share of the longest bar have no percentage."""
@@ -142,7 +146,9 @@ def plot_memory(picture: MemoryPicture, path: Path) -> Path:
             axes.set_ylim(0, 1.15 * highest)
             axes.text(1, 1.01, f"{said}, far above", transform=axes.transAxes, ha="right", color=MEASURED, fontsize=9)
         axes.set_xlim(0, times[-1] * factor)
-        axes.set(xlabel=f"{unit} since the step began{picture.note}", ylabel="GB of device memory", title=picture.title)
+        axes.set(
+            xlabel=f"time since the step began, {unit}{picture.note}", ylabel="GB of device memory", title=picture.title
+        )
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)
         return save(figure, path)
@@ -181,11 +187,11 @@ def plot_pipeline(plan: Plan, step: PipelineStep, title: str, path: Path) -> Pat
                 )
             after = [(start_s * factor, (end_s - start_s) * factor) for start_s, end_s in updates(plan, step, rank)]
             _boxes(axes, rank, after, [to_rgb(UPDATE_COLOUR)] * len(after))
-            _numbers(axes, rank, lived.spans, factor, longest)
+        _numbers(axes, step, factor, longest)
         axes.set_xlim(0, longest * factor)
         axes.set_ylim(ranks - 0.45, -0.55)
         axes.set_yticks(range(0, ranks, max(1, ranks // 16)))
-        axes.set(xlabel=f"{unit}, simulated", ylabel="pipeline rank", title=title)
+        axes.set(xlabel=f"simulated time, {unit}", ylabel="pipeline rank", title=title)
         used = {span.action.kind for lived in step.ranks for span in lived.spans}
         named = [(colour, name) for kind, (name, colour) in KINDS.items() if kind in used]
         named += [(UPDATE_COLOUR, "update"), ("white", "idle")]
@@ -204,11 +210,14 @@ def _shade(colour: str, micro_batch: int, chunk: int) -> tuple[float, ...]:
     return tuple(part + (1 - part) * white for part in to_rgb(colour))
 
 
-def _numbers(axes: Any, rank: int, spans: Sequence[Any], factor: float, longest: float) -> None:
-    """The micro-batch in each box that is wide enough for it."""
-    for span in spans:
-        width = (span.end_s - span.start_s) / longest
-        text = str(span.action.micro_batch)
-        if width > 0.008 * len(text):
-            middle = (span.start_s + span.end_s) / 2 * factor
-            axes.text(middle, rank, text, ha="center", va="center", fontsize=7, color="white", clip_on=True)
+def _numbers(axes: Any, step: PipelineStep, factor: float, longest: float) -> None:
+    """The micro-batches in their boxes, of the kinds whose boxes are wide enough for the longest number."""
+    spans = [(rank, span) for rank, lived in enumerate(step.ranks) for span in lived.spans]
+    digits = len(str(max(span.action.micro_batch for _, span in spans)))
+    for kind in KINDS:
+        own = [(rank, span) for rank, span in spans if span.action.kind == kind]
+        if not own or median(span.end_s - span.start_s for _, span in own) < DIGIT * digits * longest:
+            continue
+        for rank, span in own:
+            place = (span.start_s + span.end_s) / 2 * factor, rank
+            axes.text(*place, str(span.action.micro_batch), ha="center", va="center", fontsize=7, color="white")

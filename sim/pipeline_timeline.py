@@ -34,8 +34,8 @@ from .replay import Replay, replay
 from .streams import Span
 from .timeline import Process, Timeline
 
-MOST_SPANS = 150_000
-"""So many spans inside actions are drawn, of the first ranks, some 40 MB of JSON; the other ranks have theirs empty."""
+MOST_SPANS = 100_000
+"""So many spans inside actions are drawn, of the first ranks: some 15 MB of JSON. Other ranks have actions alone."""
 
 ACTIONS = "actions"
 

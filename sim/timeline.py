@@ -18,6 +18,9 @@ from .streams import Span
 
 MICROSECONDS = 1e6
 
+MOST_COUNTS = 5_000
+"""Points of a rank's memory in the file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -102,18 +105,28 @@ def _slice(span: Span, process: int, thread: int) -> dict[str, Any]:
         "pid": process,
         "tid": thread,
         "name": span.name,
-        "ts": span.start_s * MICROSECONDS,
-        "dur": (span.end_s - span.start_s) * MICROSECONDS,
+        "ts": _micros(span.start_s),
+        "dur": round(_micros(span.end_s) - _micros(span.start_s), 3),
     }
 
 
 def _counters(memory: MemoryTrack, process: int) -> Iterator[dict[str, Any]]:
-    """What is in use from an instant on: of several changes at one instant the last."""
-    values = zip(*memory.nbytes.values(), strict=True)
-    latest = dict(zip(memory.times_s, values, strict=True))
-    for time_s, now in latest.items():
-        args = dict(zip(memory.nbytes, now, strict=True))
-        yield {"ph": "C", "pid": process, "name": "memory, bytes", "ts": time_s * MICROSECONDS, "args": args}
+    """What is in use from an instant on: of several changes at one instant the last, of too many the highest."""
+    used = [name for name, found in memory.nbytes.items() if any(found)]
+    if not used:
+        return
+    values = zip(*(memory.nbytes[name] for name in used), strict=True)
+    instants = list(dict(zip(memory.times_s, values, strict=True)).items())
+    each = -(-len(instants) // MOST_COUNTS)
+    for first in range(0, len(instants), each):
+        time_s, now = max(instants[first : first + each], key=lambda instant: sum(instant[1]))
+        args = dict(zip(used, now, strict=True))
+        yield {"ph": "C", "pid": process, "name": "memory, bytes", "ts": _micros(time_s), "args": args}
+
+
+def _micros(time_s: float) -> float:
+    """As the format counts, to the nanosecond, which is as fine as viewers keep it."""
+    return round(time_s * MICROSECONDS, 3)
 
 
 def _flow(number: int, arrow: Arrow, threads: Sequence[Mapping[str, int]]) -> Iterator[dict[str, Any]]:
@@ -130,10 +143,10 @@ def _flow(number: int, arrow: Arrow, threads: Sequence[Mapping[str, int]]) -> It
             "tid": threads[process][span.stream],
             "cat": "dependency",
             "name": arrow.name,
-            "ts": time_s * MICROSECONDS,
+            "ts": _micros(time_s),
         }
         yield event | ({"bp": "e"} if kind == "f" else {})
 
 
 def to_json(timeline: Timeline) -> str:
-    return json.dumps(trace_events(timeline))
+    return json.dumps(trace_events(timeline), separators=(",", ":"))
