@@ -258,8 +258,8 @@ class Transformer(nn.Module):
             None if self.alibi is None else self.alibi.to(dtype),
         )
 
-    def _block(self, number: int, x_BSD: Tensor) -> Tensor:
-        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD.dtype))
+    def _block(self, number: int, x_BSD: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD.dtype, position_ids))
         return mixed
 
     def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
