@@ -90,11 +90,6 @@ class Parallelism:
                 f"{where}: parallel.expert = {section.expert} and parallel.context = {section.context}; allowed: one of"
                 " them, because experts are spread over ranks with samples of their own"
             )
-        if section.expert > 1 and sizes["pipeline"] > 1:
-            raise ValueError(
-                f"{where}: parallel.expert = {section.expert} and pipeline_size = {sizes['pipeline']}; allowed: one of"
-                " them"
-            )
         stated = {"dp_size": dp_size, "mp_size": sizes["tensor"], "pipeline_size": sizes["pipeline"]}
         for key, size in (stated | {"parallel.context": section.context}).items():
             if size is not None and size < 1:

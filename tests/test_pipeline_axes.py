@@ -1,4 +1,4 @@
-"""Pipelines whose stages are several ranks that share each sequence: the same training as one process."""
+"""Pipelines whose stages are several ranks that share sequences or experts: the same training as one process."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Job:
     schedule: str = "1f1b"
     stage: int = 0
     recompute: str = "none"
-    positions: str = "rope"
+    model: str = "rope"
 
     def config(self, samples: int) -> dict[str, Any]:
         return {
@@ -50,8 +50,15 @@ class Job:
         }
 
 
-def build(positions: str) -> Transformer:
-    model = Transformer(replace(LONG, positions=positions))
+MODELS = {
+    "rope": LONG,
+    "learned": replace(LONG, positions="learned"),
+    "experts": replace(LONG, experts=4, top_k=2, capacity_factor=1.0),
+}
+
+
+def build(name: str) -> Transformer:
+    model = Transformer(MODELS[name])
     initialize_weights(model, seed=3)
     return model.double()
 
@@ -62,12 +69,15 @@ def batch(step: int) -> Batch:
 
 
 @cache
-def alone(positions: str) -> tuple[list[float], dict[str, Tensor]]:
-    model = build(positions)
+def alone(name: str, parts: int) -> tuple[list[float], dict[str, Tensor]]:
+    """One process, a global batch in so many parts: experts have room by the tokens of a part."""
+    model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(STEPS):
-        loss = model(*batch(step))
+        loss = torch.stack(
+            [model(*part) for part in zip(*(each.chunk(parts) for each in batch(step)), strict=True)]
+        ).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -82,9 +92,14 @@ def micro_batches(step: int, rank: int, world: int) -> Iterator[Batch]:
     return zip(x.chunk(parts)[rank::world], y.chunk(parts)[rank::world], strict=True)
 
 
+def samples_of(job: Job) -> int:
+    """How many of four ranks have samples of their own at a stage."""
+    sizes = dict(job.parallel)
+    return 2 // (sizes.get("context", 1) * sizes.get("tensor", 1))
+
+
 def train(rank: int, world: int, job: Job) -> tuple[list[float], dict[str, Tensor]]:
-    samples = world // 2 // dict(job.parallel).get("context", 1)
-    engine, *_ = initialize(build(job.positions), config=job.config(samples), timeout_s=20.0)
+    engine, *_ = initialize(build(job.model), config=job.config(samples_of(job)), timeout_s=20.0)
     assert isinstance(engine, PipelineEngine)
     data = engine.groups.axis("data")
     losses = [engine.train_batch(micro_batches(step, data.rank, data.world)).item() for step in range(STEPS)]
@@ -97,13 +112,16 @@ def train(rank: int, world: int, job: Job) -> tuple[list[float], dict[str, Tenso
     "job",
     [
         Job((("context", 2), ("context_attention", "ulysses")), stage=1),
-        Job((("context", 2), ("context_attention", "ring")), "zb-h1", stage=2, positions="learned"),
+        Job((("context", 2), ("context_attention", "ring")), "zb-h1", stage=2, model="learned"),
         Job((("context", 2), ("context_attention", "all_gather")), recompute="full"),
+        Job((("expert", 2),), stage=2, model="experts"),
+        Job((("expert", 2),), "zb-h1", stage=0, model="experts", recompute="full"),
+        Job((("tensor", 2),), stage=1, model="experts"),
     ],
     ids=str,
 )
-def test_stages_whose_ranks_share_sequences(four_ranks: World, job: Job) -> None:
-    losses, parameters = alone(job.positions)
+def test_stages_whose_ranks_share_sequences_or_experts(four_ranks: World, job: Job) -> None:
+    losses, parameters = alone(job.model, MICRO_BATCHES * samples_of(job))
     for found_losses, found in four_ranks.run(train, job):
         assert found_losses == pytest.approx(losses, rel=TOLERANCE)
         for name, values in parameters.items():
