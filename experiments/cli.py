@@ -131,7 +131,9 @@ def simulate(
     if perfetto is not None:
         files["perfetto"] = str(write_whole(perfetto, simulation.timeline_of(job(), cluster, fidelity)))
     if save_trace is not None:
-        files["trace"] = str(write_whole(save_trace, simulation.dumps(job())))
+        from ..collectives.job_file import dumps
+
+        files["trace"] = str(write_whole(save_trace, dumps(job())))
     if chakra is not None:
         from .step_files import write_chakra
 

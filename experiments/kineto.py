@@ -113,7 +113,7 @@ def _nested(events: Sequence[Mapping[str, Any]]) -> list[Operator]:
     for event in events:
         one = Operator(event["name"], event["ts"], event["ts"] + event.get("dur", 0), event.get("args", {}))
         threads[event.get("pid"), event.get("tid")].append(one)
-    roots = []
+    roots: list[Operator] = []
     for calls in threads.values():
         stack: list[Operator] = []
         for one in sorted(calls, key=lambda call: (call.start, -call.end)):

@@ -96,13 +96,17 @@ def fitted(profile: Profile, processor: Processor, source: str) -> Processor:
     timed = [KernelTime(one.kernel, median(one.seconds)) for one in profile.measured]
     products = [one for one in timed if one.kernel.family == "matmul" and one.kernel.dtype in processor.peak_flops]
     others = [one for one in timed if one.kernel.family != "matmul" and _moved(one.kernel)]
-    measured = {"matmul_points": matmul_points(products), "kernel_curves": kernel_curves(others)}
+    points, curves = matmul_points(products), kernel_curves(others)
     said = f"measured kernel times of the torch.profiler trace {source}"
     return replace(
         processor,
-        matmul_points=measured["matmul_points"] or processor.matmul_points,
-        kernel_curves=measured["kernel_curves"] or processor.kernel_curves,
-        sources={**processor.sources, **{name: said for name, found in measured.items() if found}},
+        matmul_points=points or processor.matmul_points,
+        kernel_curves=curves or processor.kernel_curves,
+        sources={
+            **processor.sources,
+            **({"matmul_points": said} if points else {}),
+            **({"kernel_curves": said} if curves else {}),
+        },
     )
 
 
