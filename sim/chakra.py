@@ -19,6 +19,7 @@ from ..collectives.pipeline import UPDATE, Action, Plan, Recv, Send, Wait, messa
 from ..collectives.trace import Call, Collective, Copy, HostWork, Kernel, Op, Phase, Ref, Trace
 from ..collectives.trace import Wait as StreamWait
 from .hardware import Cluster
+from .job import stage_record
 from .network import collective_bytes
 from .pipeline_timeline import StageRecord
 from .recording import Played, stream_of
@@ -69,7 +70,7 @@ def export(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> "Cha
     mesh = Mesh.of(job.traces[0].world)
     if mesh.world > MOST_RANKS:
         raise ValueError(f"gpus = {mesh.world} in a Chakra trace, which has a file per rank; allowed: {MOST_RANKS}")
-    records = tuple(StageRecord.of(trace, cluster, fidelity) for trace in job.traces)
+    records = tuple(stage_record(job, trace, cluster, fidelity) for trace in job.traces)
     axes = {op.axis: None for trace in job.traces for segment in trace.segments for op in segment
             if isinstance(op, Collective)}  # fmt: skip
     return ChakraJob(job, mesh, records, Groups(mesh).numbered(tuple(axes)))

@@ -1,11 +1,15 @@
 """A whole job priced and recorded from its traces: what `simulate` does once the flights are over. No torch."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from time import perf_counter
+from typing import Any
 
 from ..collectives.groups import Mesh
 from ..collectives.job_file import Job
 from ..collectives.pipeline import Plan
+from ..collectives.trace import Trace
 from .hardware import Cluster
 from .pipeline import PipelineStep
 from .pipeline_timeline import StageRecord, rank_memory_track, step_timeline, updates
@@ -29,29 +33,24 @@ def price_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> S
         has = ", ".join(cluster.processor.peak_flops)
         raise ValueError(f"precision = {job.precision} of the job; {cluster.processor.name} computes in {has}")
     layout = {**job.layout, "cluster": cluster.name, "fidelity": fidelity}
+    common: dict[str, Any] = {
+        "precision": job.precision,
+        "tokens_per_step": job.tokens_per_step,
+        "layout": layout,
+        "since": began,
+    }
     if len(job.stages) == 1:
-        return price(
-            job.traces[0],
-            cluster,
-            precision=job.precision,
-            tokens_per_step=job.tokens_per_step,
-            layout=layout,
-            fidelity=fidelity,
-            since=began,
-        )
-    plan = job.plan()
-    distinct = [price_stage(trace, cluster, plan, fidelity) for trace in job.traces]
-    return price_pipeline(
-        plan,
-        [distinct[number] for number in job.stages],
-        cluster,
-        mesh,
-        message_bytes=job.message_bytes,
-        precision=job.precision,
-        tokens_per_step=job.tokens_per_step,
-        layout=layout,
-        since=began,
-    )
+        return price(job.traces[0], cluster, **_said(price, layout) | common)
+    plan, how = job.plan(), _said(price_stage, layout)
+    distinct = [price_stage(trace, cluster, plan, **how) for trace in job.traces]
+    stages = [distinct[number] for number in job.stages]
+    about = _said(price_pipeline, layout) | common | {"message_bytes": job.message_bytes}
+    return price_pipeline(plan, stages, cluster, mesh, **about)
+
+
+def _said(function: Callable[..., Any], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layout says of how its job is priced, of all that `function` lets one choose; not on which cluster."""
+    return {name: layout[name] for name in signature(function).parameters if name in layout and name != "cluster"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +80,7 @@ def record_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> 
     if len(job.stages) > 1:
         return _record_pipeline(job, cluster, fidelity)
     (trace,) = job.traces
-    recorded = replay(trace, cluster, fidelity=fidelity, record=True)
+    recorded = stage_record(job, trace, cluster, fidelity).replay
     memory, begin_s, end_s = steady_memory(trace, recorded, cluster.processor)
     drawn = sum(span.start_s >= begin_s for span in recorded.phase_spans)
     repeats = sum(phase.repeat for phase in trace.phases if phase.step == trace.phases[-1].step)
@@ -95,11 +94,18 @@ def record_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> 
     )
 
 
+def stage_record(job: Job, trace: Trace, cluster: Cluster, fidelity: str) -> StageRecord:
+    """A trace of the job played again, with its spans kept."""
+    recorded = replay(trace, cluster, record=True, **_said(replay, {**job.layout, "fidelity": fidelity}))
+    return StageRecord(trace, recorded, cluster.processor.allocation_bytes)
+
+
 def _record_pipeline(job: Job, cluster: Cluster, fidelity: str) -> JobRecord:
     plan, mesh = job.plan(), Mesh.of(job.traces[0].world)
-    priced = [price_stage(trace, cluster, plan, fidelity) for trace in job.traces]
+    layout = {**job.layout, "fidelity": fidelity}
+    priced = [price_stage(trace, cluster, plan, **_said(price_stage, layout)) for trace in job.traces]
     step = compose_stages(plan, [priced[number] for number in job.stages], cluster, mesh, job.message_bytes)
-    distinct = [StageRecord.of(trace, cluster, fidelity) for trace in job.traces]
+    distinct = [stage_record(job, trace, cluster, fidelity) for trace in job.traces]
     stages = [distinct[number] for number in job.stages]
     tracks = [rank_memory_track(plan, step, rank, stage, job.message_bytes) for rank, stage in enumerate(stages)]
     fullest = max(range(plan.ranks), key=lambda rank: tracks[rank].peak_bytes)

@@ -27,10 +27,9 @@ from ..collectives.pipeline import (
 )
 from ..collectives.pipeline_schedules import schedule
 from ..collectives.trace import Trace
-from .hardware import Cluster
 from .pipeline import LinkSeconds, PipelineStep
 from .recording import Arrow, Change, MemoryTrack, Played, arrows, changes, memory_track, played, steady_phase, totals
-from .replay import Replay, replay
+from .replay import Replay
 from .streams import Span
 from .timeline import Process, Timeline
 
@@ -42,16 +41,15 @@ ACTIONS = "actions"
 
 @dataclass(frozen=True)
 class StageRecord:
-    """The flight of a stage, replayed with its spans kept."""
+    """The flight of a stage, replayed with its spans kept.
+
+    Attributes:
+        rounding: the allocator hands out multiples of so many bytes.
+    """
 
     trace: Trace
     replay: Replay
     rounding: int
-
-    @classmethod
-    def of(cls, trace: Trace, cluster: Cluster, fidelity: str) -> "StageRecord":
-        recorded = replay(trace, cluster, fidelity=fidelity, record=True)
-        return cls(trace, recorded, cluster.processor.allocation_bytes)
 
     @cached_property
     def ops(self) -> list[Played]:
