@@ -153,9 +153,10 @@ COPY = cpu_op(
 )  # fmt: skip
 VIEW = cpu_op("aten::t", 5, 81, 82, **{"Input Dims": [[64, 48]], "Input type": [HALF], "Concrete Inputs": [""]})
 STRANGE = cpu_op("aten::no_such_operator", 6, 90, 95, **{"Input Dims": [[3]], "Input type": ["float"]})
+INNER = cpu_op("aten::zero_", 8, 12, 15, **{"Input Dims": [[64, 48]], "Input type": [HALF], "Concrete Inputs": [""]})
 GPU_EVENTS = [
-    LINEAR, PRODUCT, ADD, COPY, VIEW, STRANGE,
-    on_gpu("ampere_fp16_gemm", 2, 3e-6), on_gpu("splitK_reduce", 2, 1e-6),
+    LINEAR, PRODUCT, INNER, ADD, COPY, VIEW, STRANGE,
+    on_gpu("ampere_fp16_gemm", 2, 3e-6), on_gpu("memset", 8, 1e-6, "gpu_memset"),
     on_gpu("vectorized_elementwise", 3, 2e-6), on_gpu("Memcpy DtoD", 4, 5e-6, "gpu_memcpy"), on_gpu("strange", 6, 7e-6),
     {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 1, "tid": 1, "ts": 12, "dur": 5, "args": {}},
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from chrome_trace import Seen, check
 from hand_made import CLUSTER, cluster_with, gather, kernel, steps_of, two_steps, wait
 from hypothesis import given
 from hypothesis import strategies as st
-from windtunnel.collectives.trace import Alloc, Free, Ref, Trace
+from windtunnel.collectives.trace import Alloc, Free, Ref, Trace, Wait
 from windtunnel.sim.hardware import Cluster
 from windtunnel.sim.memory import replay_memory
 from windtunnel.sim.recording import played
@@ -59,6 +59,15 @@ def test_arrows_lead_from_the_issue_to_the_collective_and_from_it_to_what_waits(
 def test_a_collective_that_nothing_waits_for_has_one_arrow() -> None:
     _, seen = timeline(steps_of(kernel(1), gather(1), kernel(3)), CLUSTER)
     assert [name for name, *_ in seen.flows] == ["issue"] * 2
+
+
+def test_a_wait_may_be_for_an_earlier_run() -> None:
+    forward, backward = (kernel(1), gather(9)), (Wait(Ref("forward", 0, True, 1, 1)), kernel(1, "needs"))
+    result, seen = timeline(two_steps([("forward", forward, 2), ("backward", backward, 1)]), CLUSTER)
+    gathers = seen.spans["rank 0", "communication data"]
+    waited = [source["ts"] for name, source, _ in seen.flows if name == "wait"]
+    assert waited == [gathers[0]["ts"], gathers[2]["ts"]]
+    assert result.step_time_s > 9
 
 
 @given(st.integers(1, 6), st.integers(0, 3))
