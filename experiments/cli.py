@@ -121,14 +121,16 @@ def simulate(
     jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
     results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
     answers = [simulation.to_dict(result) for result in results]
-    given = {"failures": failures, "mtbf_hours": mtbf_hours, "restart_s": restart_s, "checkpoint_s": checkpoint_s}
-    given = {name: value for name, value in given.items() if value is not None}
-    faults = faulty.Faults(**given) if goodput or given else None
+    asked = goodput or any(value is not None for value in (failures, mtbf_hours, restart_s, checkpoint_s))
+    faults = (
+        faulty.Faults(
+            failures=failures or faulty.DEFAULT, mtbf_hours=mtbf_hours, restart_s=restart_s, checkpoint_s=checkpoint_s
+        )
+        if asked
+        else None
+    )
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
-        if tokens is not None or len(machines) > 1:
-            answer["price"] = prices.price_of(result, machine)
-        if tokens is not None:
-            answer["training"] = prices.training(result, machine, tokens)
+        answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
         if faults is not None:
             answer["goodput"] = faulty.goodput(result, load_model(model), machine, faults, tokens=tokens)
     shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []

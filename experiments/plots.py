@@ -142,8 +142,10 @@ def plot_goodput(savings: Mapping[int, Saving], layout: Mapping[str, Any], path:
         sizes.set_xticks(gpus, [f"{count:,}" for count in gpus], rotation=45)
         sizes.set(xlabel="GPUs", ylabel="goodput", title=f"{layout['model']} on {layout['cluster']} with failures")
         sizes.legend(frameon=False, loc="lower left")
+        shortest, longest = (pick(saving.interval_s for saving in savings.values()) for pick in (min, max))
+        span = 100 * longest / shortest
+        around = [shortest / 10 * span ** (step / 60) for step in range(61)]
         for place, (count, saving) in enumerate(savings.items()):
-            around = [saving.interval_s * 10 ** (step / 10) for step in range(-10, 11)]
             shares = [replace(saving, interval_s=interval_s).share for interval_s in around]
             shade = 0.3 + 0.7 * (place + 1) / len(savings)
             intervals.plot(
@@ -151,8 +153,9 @@ def plot_goodput(savings: Mapping[int, Saving], layout: Mapping[str, Any], path:
             )
             intervals.plot(saving.interval_s / 60, saving.share, "o", color=INK, markersize=4)
         intervals.set_xscale("log")
-        intervals.set(xlabel="minutes of work between checkpoints", title="Dots: Daly's interval", ylim=(0, 1.02))
-        intervals.legend(frameon=False, loc="lower left", fontsize=8)
+        intervals.set(xlabel="minutes of work between checkpoints", title="Dots: Daly's interval", ylim=(0, 1.2))
+        intervals.set_yticks([step / 5 for step in range(6)])
+        intervals.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
         return save(figure, path)
 
 

@@ -52,6 +52,12 @@ def training(result: StepResult, cluster: Cluster, tokens: float) -> dict[str, A
     }
 
 
+def costs(result: StepResult, cluster: Cluster, tokens: float | None, *, compared: bool) -> dict[str, Any]:
+    """What `simulate --json` adds: `price` where tokens are given or clusters compared, `training` for the tokens."""
+    price = {"price": price_of(result, cluster)} if compared or tokens is not None else {}
+    return price if tokens is None else {**price, "training": training(result, cluster, tokens)}
+
+
 def usd(value: float | None) -> str:
     """ "1,234 USD", cents below 100, or that there is no price."""
     return NO_PRICE if value is None else f"{_amount(value)} USD"
