@@ -132,7 +132,7 @@ def simulate(
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
         answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
         if faults is not None:
-            answer["goodput"] = faulty.goodput(result, load_model(model), machine, faults, tokens=tokens)
+            answer["goodput"] = faulty.goodput(result, load_model(model).parameters, machine, faults, tokens=tokens)
     shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []
     files: dict[str, str] = {}
     if shapes:
@@ -140,7 +140,8 @@ def simulate(
     elif len(results) > 1 or out is not None:
         files = _scaling_files(results, out)
     if faults is not None and out is not None:
-        files["goodput_plot"] = str(_goodput_plot(results[-1], load_model(model), machines[-1], faults, out))
+        savings = faulty.savings_by_size(results[-1], load_model(model).parameters, machines[-1], faults)
+        files["goodput_plot"] = str(_goodput_plot(savings, results[-1], out))
     if perfetto is not None:
         files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, machines[-1], results[-1])))
     if save_trace is not None:
@@ -176,11 +177,10 @@ def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[
             print("\n".join(lines(answer)))
 
 
-def _goodput_plot(result: Any, model: Any, cluster: Any, faults: Any, folder: Path) -> Path:
-    from .failures import savings_by_size
+def _goodput_plot(savings: Any, result: Any, folder: Path) -> Path:
     from .plots import plot_goodput
 
-    return plot_goodput(savings_by_size(result, model, cluster, faults), result.layout, folder / "goodput.png")
+    return plot_goodput(savings, result.layout, folder / "goodput.png")
 
 
 def _scaling_files(results: list[Any], out: Path | None) -> dict[str, str]:

@@ -9,7 +9,6 @@ from ..sim.failures import SECONDS_PER_HOUR, Saving, best_saving, load_failures,
 from ..sim.hardware import Cluster
 from ..sim.processor import require, require_positive
 from ..sim.result import StepResult
-from .models import ModelSpec
 from .prices import price_of
 from .simulate import SECONDS_PER_DAY
 
@@ -23,9 +22,9 @@ MILLION = 1e6
 SIZES_UP_TO = 131_072
 
 
-def checkpoint_bytes(model: ModelSpec, precision: str) -> int:
+def checkpoint_bytes(parameters: int, precision: str) -> int:
     """Bytes that a checkpoint of a model trained with Adam has, all ranks together."""
-    return model.parameters * BYTES_PER_PARAMETER.get(precision, MIXED_BYTES_PER_PARAMETER)
+    return parameters * BYTES_PER_PARAMETER.get(precision, MIXED_BYTES_PER_PARAMETER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +69,18 @@ def saving_of(gpus: int, saved_bytes: int, cluster: Cluster, faults: Faults) -> 
 
 
 def goodput(
-    result: StepResult, model: ModelSpec, cluster: Cluster, faults: Faults, *, tokens: float | None = None
+    result: StepResult, parameters: int, cluster: Cluster, faults: Faults, *, tokens: float | None = None
 ) -> dict[str, Any]:
     """The job of `result` with failures: expected in closed form, and one month played.
 
     Args:
+        parameters: of the model; what a checkpoint holds.
         tokens: adds days and price.
 
     Raises:
         ValueError: as `saving_of`.
     """
-    saved = checkpoint_bytes(model, str(result.layout["precision"]))
+    saved = checkpoint_bytes(parameters, str(result.layout["precision"]))
     saving = saving_of(int(result.layout["gpus"]), saved, cluster, faults)
     played = play(saving)
     return {
@@ -97,12 +97,12 @@ def goodput(
     }
 
 
-def savings_by_size(result: StepResult, model: ModelSpec, cluster: Cluster, faults: Faults) -> dict[int, Saving]:
+def savings_by_size(result: StepResult, parameters: int, cluster: Cluster, faults: Faults) -> dict[int, Saving]:
     """The job of `result` and the same model on 4, 16, ... times as many GPUs, up to SIZES_UP_TO.
 
     A given mtbf_hours is of the job of `result`: it falls as the job grows.
     """
-    saved = checkpoint_bytes(model, str(result.layout["precision"]))
+    saved = checkpoint_bytes(parameters, str(result.layout["precision"]))
     first = int(result.layout["gpus"])
     savings = {}
     gpus = first

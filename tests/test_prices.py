@@ -139,25 +139,25 @@ def test_a_bad_price_gives_one_line(tmp_path: Path, old: str, new: str, message:
 
 
 def test_goodput_of_a_job_by_hand() -> None:
-    model = load_model("gpt2")
-    found = goodput(result(16, 1e4), model, priced(), Faults(), tokens=864e6)
+    parameters = load_model("gpt2").parameters
+    found = goodput(result(16, 1e4), parameters, priced(), Faults(), tokens=864e6)
     profile = load_failures("llama3")
-    assert checkpoint_bytes(model, "bf16") == 14 * model.parameters
-    assert checkpoint_bytes(model, "fp32") == 12 * model.parameters
-    assert found["checkpoint_s"] == pytest.approx(14 * model.parameters / (2 * profile.storage_bytes_per_s_per_node))
+    assert checkpoint_bytes(parameters, "bf16") == 14 * parameters
+    assert checkpoint_bytes(parameters, "fp32") == 12 * parameters
+    assert found["checkpoint_s"] == pytest.approx(14 * parameters / (2 * profile.storage_bytes_per_s_per_node))
     assert found["mtbf_hours"] == pytest.approx(profile.mean_time_between_s(16, 8, 8) / 3600)
     assert found["tokens_per_s"] == pytest.approx(1e4 * found["share"])
     assert found["days"] == pytest.approx(1 / found["share"])
     assert found["price_usd"] == pytest.approx(1728 / found["share"])
     assert (
-        goodput(result(8, 1e4), model, priced(), Faults())["mtbf_hours"] > 2 * found["mtbf_hours"]
+        goodput(result(8, 1e4), parameters, priced(), Faults())["mtbf_hours"] > 2 * found["mtbf_hours"]
     )  # no network between nodes
 
 
 def test_goodput_of_what_a_user_gives() -> None:
-    model = load_model("gpt2")
+    parameters = load_model("gpt2").parameters
     faults = Faults(mtbf_hours=24, restart_s=600, checkpoint_s=300)
-    given_times = goodput(result(16, 1e4), model, priced(None), faults, tokens=864e6)
+    given_times = goodput(result(16, 1e4), parameters, priced(None), faults, tokens=864e6)
     assert given_times["failures"] is None
     assert given_times["interval_s"] / 60 == pytest.approx(117, rel=0.005)  # Daly 2006, figure 3
     assert given_times["price_usd"] is None
@@ -166,7 +166,7 @@ def test_goodput_of_what_a_user_gives() -> None:
         Faults(mtbf_hours=0)
     with pytest.raises(ValueError, match="restart_s must be >= 0 and finite, got -1"):
         Faults(restart_s=-1)
-    larger = savings_by_size(result(16, 1e4), model, priced(), faults)
+    larger = savings_by_size(result(16, 1e4), parameters, priced(), faults)
     assert list(larger) == [16, 64, 256, 1024, 4096, 16_384, 65_536]
     assert larger[64].mtbf_s == pytest.approx(6 * 3600)
     assert [saving.share for saving in larger.values()] == sorted((s.share for s in larger.values()), reverse=True)
