@@ -163,10 +163,10 @@ def _clusters_table(clusters: list[dict[str, Any]]) -> Any:
                 str(cluster["gpus_per_node"]),
                 f"{cluster['intra_node']['bytes_per_s'] / 1e9:.0f} GB/s",
                 f"{between['bytes_per_s'] / 1e9:.4g} GB/s" if between else "-",
-                f"{price['per_hour_usd']:.2f} USD ({price['as_of']})" if price else "-",
+                f"{price['per_hour_usd']:.2f}" if price else "-",
             )
         )
-    columns = ("cluster", "GPU", "per node", "inside a node, per GPU", "between nodes, per node", "a node's hour")
+    columns = ("cluster", "GPU", "per node", "inside a node, per GPU", "between nodes, per node", "USD per hour")
     return table("clusters", columns, rows)
 
 

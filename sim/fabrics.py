@@ -138,12 +138,10 @@ def build_fabric(level: str, table: FabricTable, base: Fabric | None, profile: F
 
 def profile_sources(level: str, table: FabricTable, profile: FabricProfile, own: Mapping[str, str]) -> dict[str, str]:
     """Where the figures are from that a level has from its profile, as in the sources of a Cluster."""
-    sources = {f"{level}.{key}": f"{source} [{profile.name}]" for key, source in profile.sources.items()}
+    sources = {f"{level}.{key}": f"{source} (fabric {profile.name})" for key, source in profile.sources.items()}
     key = f"{level}.bytes_per_s"
-    if table.links is not None:
-        sources[key] = f"{table.links} links, {own.get(f'{level}.links', 'given')}: {sources[key]}"
-    else:
-        sources[key] = f"each NIC: {sources[key]}"
+    count = "links" if level == INTRA_NODE else "nics"
+    sources[key] = f"{own.get(f'{level}.{count}', count)}, each: {sources[key]}"
     return sources
 
 

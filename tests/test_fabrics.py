@@ -74,7 +74,9 @@ def test_profiles_keep_what_was_fitted(name: str) -> None:
 def test_a_cluster_says_which_profile_a_figure_is_from(name: str) -> None:
     sources = load_cluster(name).sources
     for level in ("intra_node", "inter_node"):
-        assert any(f"[{fabric}]" in sources[f"{level}.latency_s"] for fabric in fabric_names())
+        # A source tells of the count and of one link: "12 per GPU (data sheet), each: 25 GB/s (data sheet)".
+        assert ", each: " in sources[f"{level}.bytes_per_s"]
+        assert any(f"(fabric {fabric})" in sources[f"{level}.latency_s"] for fabric in fabric_names())
 
 
 def write(folder: Path, text: str, name: str = "mine.toml") -> str:
@@ -91,7 +93,7 @@ def test_a_user_names_a_fabric_of_the_catalogue(tmp_path: Path) -> None:
     assert cluster.inter_node == Fabric(bytes_per_s=25e9, latency_s=roce.latency_s, efficiency=roce.efficiency, nics=2)
     assert "intra_node.start_s" not in cluster.sources  # that was NVLink's
     assert "intra_node.links" not in cluster.sources
-    assert "[roce-100]" in cluster.sources["inter_node.efficiency"]
+    assert "(fabric roce-100)" in cluster.sources["inter_node.efficiency"]
 
 
 def test_a_user_overrides_a_figure_of_a_fabric_and_keeps_the_nics_of_the_base(tmp_path: Path) -> None:

@@ -42,6 +42,17 @@ def test_the_job_that_was_counted_has_its_own_rate() -> None:
     assert llama.mean_time_between_s(16_384, 8, 8) == pytest.approx(3.09 * HOUR, rel=0.01)
 
 
+def test_llama_3_spent_more_than_nine_tenths_of_its_time_on_training() -> None:
+    # "Higher than 90 % effective training time" (Grattafiori et al. 2024, section 3.3.4). A checkpoint of 405 B
+    # parameters in mixed precision has 14 bytes of each.
+    llama = load_failures("llama3")
+    checkpoint_s = 14 * 405e9 / (llama.storage_bytes_per_s_per_node * 2048)
+    mtbf_s = llama.mean_time_between_s(16_384, 8, 8)
+    saving = best_saving(mtbf_s=mtbf_s, checkpoint_s=checkpoint_s, restart_s=llama.restart_s)
+    assert 0.90 < saving.share < 0.95
+    assert play(saving, seconds=54 * DAY).share == pytest.approx(saving.share, abs=0.02)
+
+
 @pytest.mark.parametrize(("gpus", "hours"), [(16_384, 1.8), (131_072, 0.23)])
 def test_what_the_counters_of_rsc_1_project(gpus: int, hours: float) -> None:
     # Kokolis et al. 2024 project these from 6.50 failures per 1,000 node-days.
