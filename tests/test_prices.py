@@ -103,7 +103,14 @@ def test_prices_of_the_catalogue(name: str) -> None:
     assert (cluster.price is None) == (name.startswith("dgx") or name in NOT_PRICED)
 
 
-NOT_PRICED = ["aws-p5e", "azure-nd96isr-h200-v5", "azure-nd96isr-mi300x-v5", "gcp-a3-megagpu-8g", "gcp-a4-highgpu-8g"]
+NOT_PRICED = [
+    "frontier",
+    "aws-p5e",
+    "azure-nd96isr-h200-v5",
+    "azure-nd96isr-mi300x-v5",
+    "gcp-a3-megagpu-8g",
+    "gcp-a4-highgpu-8g",
+]
 
 
 def test_a_user_s_price(tmp_path: Path) -> None:
