@@ -99,9 +99,13 @@ def _price_of_a_token(row: Mapping[str, Any]) -> float:
 
 
 def shape_table(rows: Sequence[Mapping[str, Any]], model: str) -> "Table":
-    """`shape_rows` in a terminal."""
-    lines = [
-        (
+    """`shape_rows` in a terminal; days and their price only where tokens were given."""
+    budget = any(row["days"] is not None for row in rows)
+    columns = ("cluster", "GPU", "GPUs", "1e3 tokens/s", "MFU", "fits", "USD/h", "USD/1e9 tokens")
+    lines = []
+    for row in rows:
+        per_token, price = row["per_billion_tokens_usd"], row["price_usd"]
+        line = (
             row["cluster"],
             row["gpu"],
             f"{row['gpus']:,}",
@@ -109,11 +113,8 @@ def shape_table(rows: Sequence[Mapping[str, Any]], model: str) -> "Table":
             f"{row['mfu']:.1%}",
             "yes" if row["fits"] else "NO",
             _amount(row["per_hour_usd"]),
-            _amount(row["per_billion_tokens_usd"]) if row["per_billion_tokens_usd"] is not None else "-",
-            f"{row['days']:,.1f}" if row["days"] is not None else "-",
-            _amount(row["price_usd"]) if row["price_usd"] is not None else "-",
+            "-" if per_token is None else _amount(per_token),
         )
-        for row in rows
-    ]
-    columns = ("cluster", "GPU", "GPUs", "1e3 tokens/s", "MFU", "fits", "USD/h", "USD/1e9 tokens", "days", "USD")
-    return table(f"{model} by shape, cheapest token first", columns, lines)
+        lines.append((*line, f"{row['days']:,.1f}", "-" if price is None else _amount(price)) if budget else line)
+    title = f"{model} by shape, cheapest token first"
+    return table(title, (*columns, "days", "USD") if budget else columns, lines)
