@@ -87,8 +87,9 @@ def plot_breakdown(results: Sequence[StepResult], path: Path) -> Path:
             axes.text(left[row], row, total, va="center", fontsize=9)
         axes.set_xlim(0, 1.24 * longest)
         axes.invert_yaxis()
-        first = results[0].layout
-        axes.set(xlabel="seconds per step", title=f"{first['model']} on {first['cluster']}: where a step goes")
+        layouts = [result.layout for result in results]
+        places = " on ".join(layouts[0][key] for key in ("model", "cluster") if len({one[key] for one in layouts}) == 1)
+        axes.set(xlabel="seconds per step", title=f"{places}: where a step goes".removeprefix(": "))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(CAUSES), frameon=False)
         return save(figure, path)
 
