@@ -134,7 +134,7 @@ def simulate(
         jobs: list[tuple[Any, int | None]] = [(machine, None) for machine in machines]
         results = [simulation.simulate_trace(job(), machine, fidelity=fidelity) for machine in machines]
     elif model is None:
-        raise ValueError("model is missing; allowed: --model NAME, or --trace FILE for a saved trace")
+        raise ValueError("Missing option '--model'; allowed: a model, or a saved trace by --trace FILE")
     else:
         jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
         results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]

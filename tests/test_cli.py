@@ -210,7 +210,7 @@ def test_timeline_and_trace_files(command: Command, tmp_path: Path) -> None:
         (("--trace", str(trace), "--tp", "2"), "tp = 2 beside --trace; allowed: "),
         (("--trace", str(tmp_path / "none.json")), f"trace = {tmp_path / 'none.json'}: "),
         (("--trace", str(timeline)), "format = None; allowed: 'windtunnel job'"),
-        ((), "model is missing; allowed: --model NAME, or --trace FILE"),
+        ((), "Missing option '--model'; allowed: a model, or a saved trace by --trace FILE"),
     ):
         refused = command("simulate", "--cluster", "dgx-a100", *words)
         assert refused.code == 2
