@@ -388,6 +388,7 @@ def _calibrate_from_profile(path: Path, base: str | None, as_json: bool, out: Pa
     else:
         show(operator_table(hardware))
         print(f"cluster: {hardware.written}")
+    _notes(tuple(f"{name} is not understood: {why}" for name, (why, _) in hardware.unknown.items()))
 
 
 @app.command()

@@ -262,6 +262,8 @@ def _value(place: Any, kind: str, dims: Any, strides: Any, text: str, *, of_list
     import torch
 
     if kind == "TensorList":
+        if not dims:  # as the profiler does with long ones
+            raise ValueError("the file leaves out the shapes of its tensors")
         return [_tensor(*one, dtype=_dtype(of_lists)) for one in zip(dims, strides or [[]] * len(dims), strict=True)]
     if kind not in NO_DTYPE:
         return _tensor(dims, strides, dtype=_dtype(kind))
