@@ -9,7 +9,7 @@ GPU kernels that it started, or its own where there is no GPU.
 import gzip
 import json
 from ast import literal_eval
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ class Profile:
     Attributes:
         device: "gpu" if any work ran on one, else "cpu".
         measured: every kernel that was understood.
-        unknown: by operator, why it was not, and the seconds that it took in all.
+        unknown: by operator that was not, or GPU kernel that belongs to none, why, and its seconds in all.
     """
 
     device: str
@@ -78,23 +78,32 @@ def read_profile(path: str | Path) -> Profile:
         raise ValueError(f"from-profile = {path}: it holds no operators; allowed: a trace of torch.profiler")
     if not any("Input Dims" in one.arguments for root in operators for one in root.all()):
         raise ValueError(f"from-profile = {path}: it holds no shapes; record it with record_shapes=True")
-    work = _device_seconds(events)
+    work = _device_work(events)
+    device = "gpu" if work else "cpu"
     times: dict[Kernel, list[float]] = defaultdict(list)
     unknown: dict[str, tuple[str, float]] = {}
+
+    def lose(name: str, why: str, seconds: float) -> None:
+        unknown[name] = why, seconds + unknown.get(name, ("", 0.0))[1]
+
     for one in (leaf for root in operators for leaf in _leaves(root)):
-        seconds = _seconds(one, work)
-        if seconds == 0.0:
-            continue  # it started nothing on the GPU
+        started = [what for call in one.all() for what in work.pop(call.arguments.get("External id"), ())]
+        if device == "gpu" and not started:
+            continue
+        seconds = sum(found for _, found in started) or (one.end - one.start) / MICROSECONDS
         try:
             kernel = described(one)
         except Exception as error:  # whatever torch raises on arguments that the file does not tell in full
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            unknown[one.name] = reason, seconds + unknown.get(one.name, ("", 0.0))[1]
+            lose(one.name, (str(error).splitlines() or [type(error).__name__])[0], seconds)
             continue
         if kernel is not None:
             times[kernel].append(seconds)
+        elif started:
+            lose(one.name, "a flight has no kernel for it", seconds)
+    for name, seconds in (what for left in work.values() for what in left):
+        lose(name, "no operator that was understood started it", seconds)
     measured = tuple(Measured(kernel, tuple(found)) for kernel, found in times.items())
-    return Profile("gpu" if work else "cpu", measured, unknown)
+    return Profile(device, measured, unknown)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -144,20 +153,13 @@ def _made_of_others(one: Operator) -> bool:
         return bool(one.inner)
 
 
-def _device_seconds(events: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Seconds of what ran on a GPU by the "External id" of the operator that started it."""
-    seconds: Counter[int] = Counter()
+def _device_work(events: Sequence[Mapping[str, Any]]) -> dict[Any, list[tuple[str, float]]]:
+    """(name, seconds) of what ran on a GPU, by the "External id" of the operator that started it."""
+    work: dict[Any, list[tuple[str, float]]] = defaultdict(list)
     for event in events:
         if event.get("cat") in DEVICE_WORK and event.get("ph") == "X":
-            arguments = event.get("args", {})
-            seconds[arguments.get("External id", arguments.get("external id"))] += event["dur"] / MICROSECONDS
-    return dict(seconds)
-
-
-def _seconds(one: Operator, work: Mapping[int, float]) -> float:
-    if not work:
-        return (one.end - one.start) / MICROSECONDS
-    return sum(work.get(call.arguments.get("External id", -1), 0.0) for call in one.all())
+            work[event.get("args", {}).get("External id")].append((event["name"], event["dur"] / MICROSECONDS))
+    return work
 
 
 # An operator as a flight describes it #

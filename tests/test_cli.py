@@ -294,6 +294,12 @@ def test_what_must_be_given_is_named(command: Command, missing: str) -> None:
     check_refused(command("simulate", *words), f"Missing option '{missing}'")
 
 
+def test_a_profile_needs_a_file_and_a_base(command: Command, tmp_path: Path) -> None:
+    check_refused(command("calibrate", "--from-profile", "x.json"), "base is missing")
+    words = ("--from-profile", str(tmp_path / "x.json"), "--base", "dgx-a100", "--out", str(tmp_path))
+    check_refused(command("calibrate", *words), "x.json: not a trace of torch.profiler")
+
+
 def test_an_unknown_verb(command: Command) -> None:
     check_refused(command("simulat"), "No such command 'simulat'")
 

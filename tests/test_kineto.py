@@ -158,6 +158,8 @@ GPU_EVENTS = [
     LINEAR, PRODUCT, INNER, ADD, COPY, VIEW, STRANGE,
     on_gpu("ampere_fp16_gemm", 2, 3e-6), on_gpu("memset", 8, 1e-6, "gpu_memset"),
     on_gpu("vectorized_elementwise", 3, 2e-6), on_gpu("Memcpy DtoD", 4, 5e-6, "gpu_memcpy"), on_gpu("strange", 6, 7e-6),
+    cpu_op("aten::_local_scalar_dense", 9, 96, 99, **{"Input Dims": [[]], "Input type": ["float"]}),
+    on_gpu("Memcpy DtoH", 9, 1e-6, "gpu_memcpy"), on_gpu("ncclDevKernel_AllReduce", 77, 9e-6),
     {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 1, "tid": 1, "ts": 12, "dur": 5, "args": {}},
 ]  # fmt: skip
 
@@ -183,7 +185,11 @@ def test_on_a_gpu_an_operator_takes_what_its_kernels_take(tmp_path: Path) -> Non
     }
     add = next(one.kernel for one in profile.measured if one.kernel.name == "add")
     assert (add.read_bytes, add.write_bytes) == (2 * 2 * 64 * 48, 2 * 64 * 48)
-    assert set(profile.unknown) == {"aten::no_such_operator"}
+    assert set(profile.unknown) == {"aten::no_such_operator", "ncclDevKernel_AllReduce", "aten::_local_scalar_dense"}
+    assert profile.unknown["ncclDevKernel_AllReduce"] == (
+        "no operator that was understood started it",
+        pytest.approx(9e-6),
+    )
     assert profile.unknown["aten::no_such_operator"][1] == pytest.approx(7e-6)
 
 
