@@ -18,6 +18,7 @@ from ..collectives.trace import Trace
 from .hardware import Cluster
 from .memory import Memory, replay_memory
 from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
+from .remembered import Remembered
 from .replay import Replay, flops, replay, sent_bytes_by_axis
 from .result import BACKWARD_OVER_FORWARD, StepResult
 from .topology import topology
@@ -47,6 +48,11 @@ class Stage:
     def update_s(self) -> Mapping[str, float]:
         return dict(self.replay.phases_s)[UPDATE]
 
+    def with_update_of(self, other: "Stage") -> "Stage":
+        """The same work, and another one's update."""
+        phases = tuple((name, other.update_s if name == UPDATE else spent) for name, spent in self.replay.phases_s)
+        return replace(self, replay=replace(self.replay, phases_s=phases))
+
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
         """Of an action on any micro-batch of a step."""
 
@@ -57,13 +63,17 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
+_REPLAYS: Remembered[Replay] = Remembered(256)
+"""Steps of other numbers of micro-batches are made of the same flights."""
+
+
 def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
     """Replay the flight of a rank.
 
     Args:
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = replay(trace, cluster, fidelity=fidelity)
+    played = _REPLAYS.of(trace, (cluster, fidelity), lambda: replay(trace, cluster, fidelity=fidelity))
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
@@ -136,6 +146,7 @@ def price_pipeline(
     tokens_per_step: int,
     layout: Mapping[str, Any],
     since: float | None = None,
+    step: PipelineStep | None = None,
 ) -> StepResult:
     """What a step of a pipelined job costs.
 
@@ -145,9 +156,10 @@ def price_pipeline(
         mesh: of the whole job, with an axis "pipeline".
         message_bytes: what a rank sends of a micro-batch to the next stage, and back.
         precision, tokens_per_step, layout, since: as for `price`.
+        step: what the stages make of the plan, if it is known.
     """
     began = perf_counter() if since is None else since
-    step = compose_stages(plan, stages, cluster, mesh, message_bytes)
+    step = step or compose_stages(plan, stages, cluster, mesh, message_bytes)
     memories = [rank_memory(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
     memory = max(memories, key=lambda one: one.total_bytes)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
@@ -185,11 +197,12 @@ def compose_stages(
     plan: Plan, stages: Sequence[Stage], cluster: Cluster, mesh: Mesh, message_bytes: int
 ) -> PipelineStep:
     """The step that the stages make of a plan; arguments as for `price_pipeline`."""
-    prices = [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
-    return compose(plan, prices, _link(cluster, mesh, message_bytes))
+    prices = [stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
+    return compose(plan, prices, link_seconds(cluster, mesh, message_bytes))
 
 
-def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+def stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+    """What the actions that a plan has for a rank take, and what follows them."""
     kinds = {(action.kind, action.chunk) for action in plan.actions(rank)}
     return StagePrice(
         actions={place: stage.price(*place, plan.micro_batches_per_step) for place in kinds},
@@ -211,7 +224,7 @@ def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[
     return causes
 
 
-def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
+def link_seconds(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     """Seconds of a message between pipeline ranks, while all ranks beside them send theirs."""
     tiers = tiers_along(mesh.placement("pipeline"), topology(cluster, mesh.world).tiers)
 
