@@ -4,7 +4,6 @@ cli          the command line: verbs, options, --json, exit codes
 simulate     one training step of a model on a cluster
 pipeline     the same of a job with pipeline stages: each distinct rank flown once
 flights      traces of flights, each flown once: in memory, and on disk for all processes
-data_axis    a flight at one number of data-parallel ranks from flights at two others
 layout       how a job is laid out: options, their defaults and checks
 launch       starts a script on several ranks of this machine
 verify       ZeRO on Gloo ranks against a plain loop in one process

@@ -1,7 +1,7 @@
 """Traces of flights, each flown once: in this process, and for programs of this package once for all processes.
 
-Flights that differ in the number of data-parallel ranks alone are flown at two sizes, and told from those at others
-(data_axis.py).
+Where nothing is sharded, a rank does the same however many data-parallel ranks there are: two flights that differ in
+their number alone show whether that is so, and stand for others then.
 
 What a flight does follows from its plan, this package's source and torch's version, and the name of a kept trace is a
 digest of all three. Traces of users' programs, whose source is not known here, are kept in memory only.
@@ -15,13 +15,11 @@ from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 
-from ..collectives.trace import Trace
+from ..collectives.trace import Collective, Trace
 from ..collectives.trace_file import dumps, loads
 from ..engine.pilot import Plan, fly
-from .data_axis import DATA, at_size
 from .files import write_whole
 
 MOST_IN_MEMORY = 128
@@ -35,11 +33,13 @@ CLASSES_OF_MICRO_STEPS = 3
 
 PACKAGE = Path(__file__).parent.parent
 
+DATA = "data"
+
 AXES = {"tensor", "context", DATA, "pipeline"}
 """Of meshes whose data-parallel ranks are all alike."""
 
-SIZES = 3
-"""How many flights that differ in data-parallel ranks alone are kept to tell others from."""
+SIZES = 2
+"""How many flights that differ in data-parallel ranks alone are kept to tell others from: the first ones."""
 
 _known: dict[str, Trace] = {}
 _by_size: dict[str, dict[int, Trace]] = {}
@@ -68,14 +68,24 @@ def forget() -> None:
 
 
 def _resized(plan: Plan) -> Trace | None:
-    """The trace from those of two other worlds that differ in data-parallel ranks alone, if they tell."""
-    seen = _by_size.get(_family(plan), {})
-    for (one_world, one), (_, other) in combinations(sorted(seen.items()), 2):
-        ranks, rest = divmod(plan.world * one.world.get(DATA, 1), one_world)
-        trace = at_size(one, other, ranks) if rest == 0 else None
-        if trace is not None:
-            return trace
-    return None
+    """The trace from those of two other worlds that differ in data-parallel ranks alone, if these do the same.
+
+    Buffers are padded to multiples of the ranks. One that has the same size at two numbers of ranks and is a multiple
+    of a third one, larger than the smaller of them, has that size there too: padding is shorter than there are ranks.
+    """
+    seen = sorted(_by_size.get(_family(plan), {}).items())
+    if len(seen) < 2:
+        return None
+    (world, one), (_, other) = seen[:2]
+    ranks, rest = divmod(plan.world * one.world.get(DATA, 1), world)
+    if rest or ranks <= one.world.get(DATA, 1) or replace(other, world=one.world) != one:
+        return None
+    padded = any(
+        isinstance(op, Collective) and DATA in op.axis and not op.scalar and op.elements % ranks
+        for segment in one.segments
+        for op in segment
+    )
+    return None if padded else replace(one, world={**one.world, DATA: ranks})
 
 
 def _family(plan: Plan) -> str:
@@ -86,7 +96,11 @@ def _family(plan: Plan) -> str:
 def _kept(plan: Plan, name: str) -> Trace:
     """The trace from its file; flown, and written there, if there is none that can be read."""
     trace = _read_or_fly(plan, name)
-    if trace.world.keys() <= AXES and plan.config.get("parallel", {}).get("expert", 1) == 1:
+    if (
+        trace.world.keys() <= AXES
+        and trace.world.get(DATA, 1) > 1
+        and plan.config.get("parallel", {}).get("expert", 1) == 1
+    ):
         seen = _by_size.setdefault(_family(plan), {})
         if len(seen) < SIZES:
             seen[plan.world] = trace

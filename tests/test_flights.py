@@ -1,14 +1,18 @@
 """Traces are flown once, and kept where and as long as that is honest."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hand_made import gather, kernel, steps_of, wait
 from windtunnel.collectives.trace import Trace
 from windtunnel.engine.pilot import Plan
+from windtunnel.engine.pilot import fly as really_fly
 from windtunnel.experiments import flights
 from windtunnel.experiments.flights import flown, forget
+from windtunnel.experiments.models import load_model
 
 OURS = "windtunnel.experiments.transformer:for_flight"
 
@@ -135,3 +139,44 @@ def test_memory_is_bounded(asked: list[Plan], monkeypatch: pytest.MonkeyPatch) -
     for micro_steps in (1, 2, 3, 2, 1):
         flown(Plan(factory=OURS, world=4, micro_steps=micro_steps))
     assert [plan.micro_steps for plan in asked] == [1, 2, 3, 1]
+
+
+# Numbers of data-parallel ranks #
+
+
+def data_parallel(ranks: int, **config: Any) -> Plan:
+    """A flight of a model whose units are multiples of 64 elements."""
+    spec = replace(load_model("gpt-demo"), layers=2, hidden=64, heads=4, kv_heads=4, ffn=256, vocab=512, seq=64)
+    return Plan(
+        factory=OURS,
+        arguments={"spec": spec, "batch": 1, "seq": 64},
+        config={"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, **config},
+        world=ranks,
+    )
+
+
+@pytest.fixture
+def really(asked: list[Plan], monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """As `asked`, of flights that take place."""
+
+    def fly(plan: Plan) -> Trace:
+        asked.append(plan)
+        return really_fly(plan)
+
+    monkeypatch.setattr(flights, "fly", fly)
+    return asked
+
+
+def test_where_nothing_is_sharded_two_sizes_tell_the_others(really: list[Plan]) -> None:
+    told = [flown(data_parallel(ranks)) for ranks in (2, 8, 4, 64)]
+    assert [plan.world for plan in really] == [2, 8]
+    assert told[2:] == [really_fly(data_parallel(ranks)) for ranks in (4, 64)]
+    odd = flown(data_parallel(100))  # units would be padded
+    assert really[-1].world == 100
+    assert odd == really_fly(data_parallel(100))
+
+
+def test_shards_depend_on_how_many_there_are(really: list[Plan]) -> None:
+    for ranks in (2, 8, 4):
+        flown(data_parallel(ranks, zero_optimization={"stage": 1}))
+    assert [plan.world for plan in really] == [2, 8, 4]
