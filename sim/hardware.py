@@ -290,6 +290,15 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         ValueError: one line: an unknown name, a file that cannot be read, or a key that is unknown, wrong or missing.
     """
     path = _find(name_or_path, "clusters", "cluster")
+    return _catalogue_cluster(path) if path.parent == CATALOGUE / "clusters" else _read_cluster(path)
+
+
+@cache
+def _catalogue_cluster(path: Path) -> Cluster:
+    return _read_cluster(path)
+
+
+def _read_cluster(path: Path) -> Cluster:
     file = read_into(_ClusterFile, read_toml(path), _where(path))
     try:
         if path.parent == CATALOGUE / "clusters":

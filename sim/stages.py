@@ -66,6 +66,8 @@ class Stage:
 _REPLAYS: Remembered[Replay] = Remembered(256)
 """Steps of other numbers of micro-batches are made of the same flights."""
 
+_MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
+
 
 def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
     """Replay the flight of a rank.
@@ -84,9 +86,15 @@ def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> St
             forward_flops=flops(counted, forward_only=True),
             executed_flops=flops(counted, forward_only=False),
         ),
-        memory=replay_memory(trace, cluster.processor),
-        resting=_left(trace, cluster, 0),
-        kept_bytes=tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
+        **_MEMORIES.of(
+            trace.segments,  # which traces of the same flight in other meshes have in common
+            (trace.phases, cluster.processor, plan.chunks),
+            lambda: {
+                "memory": replay_memory(trace, cluster.processor),
+                "resting": _left(trace, cluster, 0),
+                "kept_bytes": tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
+            },
+        ),
     )
 
 
@@ -215,10 +223,13 @@ def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[
     rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
     per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
     causes = dict(stages[rank].update_s)
-    for action in plan.actions(rank):
-        within = replace(action, micro_batch=action.micro_batch % per_step)
-        for cause, seconds in stages[rank].seconds(within, per_step).items():
-            causes[cause] += seconds / steps
+    phases = dict(stages[rank].replay.phases_s)
+    for name, times in Counter(
+        phase_name(Action(action.kind, action.chunk, action.micro_batch % per_step), per_step)
+        for action in plan.actions(rank)
+    ).items():
+        for cause, seconds in phases[name].items():
+            causes[cause] += times * seconds / steps
     causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s
     causes["bubble"] = step.step_s - sum(seconds for cause, seconds in causes.items() if cause != "bubble")
     return causes

@@ -6,6 +6,7 @@ after what it needs (`order`), and one pass along it finds all times (`evaluate`
 the prices are arrays. sim/pipeline.py plays the same plan as processes; a test holds the two together.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -107,6 +108,8 @@ class _Orderer:
         self.prices: dict[tuple[int, Action], int] = {}
         self.numbers: dict[Tag, int] = {}
         self.ways: list[Way] = []
+        self.sent: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.received: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.met: set[int] = set()
         self.waiting: dict[int, list[int]] = {}
         self.ready = list(range(plan.ranks))
@@ -114,7 +117,6 @@ class _Orderer:
         self.last: list[Action | None] = [None] * plan.ranks
 
     def order(self) -> Order:
-        _check_orders(self.plan)
         walks = [self._walk(rank) for rank in range(self.plan.ranks)]
         while self.ready:
             rank = self.ready.pop()
@@ -127,36 +129,41 @@ class _Orderer:
                 f"{self.plan.schedule}: rank {rank} waits forever after {self.last[rank] or 'the start'}: the plan's"
                 " messages do not meet; prefetch(with_communication(plan)) posts them without waiting"
             )
+        self._check_orders()
         actions = tuple(tuple(self.plan.actions(rank)) for rank in range(self.plan.ranks))
         return Order(self.plan, actions, tuple(self.prices), tuple(self.ways), tuple(self.doings))
 
     def _walk(self, rank: int) -> Iterator[int]:
         """Do the items of a rank; gives the number of each message that has yet to meet."""
         ends = ends_of_steps(self.plan, rank)
+        met, doings = self.met, self.doings
+        alike: dict[tuple[str, int, int], int] = {}
         for position, item in enumerate(self.plan.programs[rank]):
             if isinstance(item, Action):
-                alike = Action(item.kind, item.chunk, self._representative(item.micro_batch))
-                price = self.prices.setdefault((rank, alike), len(self.prices))
-                self.doings.append(Doing(ACTION, rank, price))
+                price = item.kind, item.chunk, self._representative(item.micro_batch)
+                if price not in alike:
+                    alike[price] = self.prices.setdefault((rank, Action(*price)), len(self.prices))
+                doings.append(Doing(ACTION, rank, alike[price]))
                 self.last[rank] = item
             else:
                 for number in self._communicate(rank, item):
-                    if number not in self.met:
+                    if number not in met:
                         yield number
-                    self.doings.append(Doing(WAIT, rank, number))
+                    doings.append(Doing(WAIT, rank, number))
             if position in ends:
-                self.doings.append(Doing(END, rank, 0))
+                doings.append(Doing(END, rank, 0))
 
     def _representative(self, micro_batch: int) -> int:
         """The first micro-batch of a step that costs the same: first, middle and last ones differ."""
         per_step = self.plan.micro_batches_per_step
-        return micro_batch % per_step if micro_batch % per_step in (0, per_step - 1) else 1
+        number = micro_batch % per_step
+        return number if number in (0, per_step - 1) else 1
 
     def _communicate(self, rank: int, item: Item) -> list[int]:
         """Post what an item posts; the messages that it waits for."""
-        posted = [self._post(rank, message) for message in messages(item)]
         if isinstance(item, Wait):
             return [self.numbers[self.plan.tag(rank, item.message)]]
+        posted = [self._post(rank, message) for message in messages(item)]
         return [] if isinstance(item, Post) else posted
 
     def _post(self, rank: int, message: Message) -> int:
@@ -171,26 +178,20 @@ class _Orderer:
             self.met.add(number)
             self.ready += self.waiting.pop(number, ())
             self.doings.append(Doing(MEET, rank, number))
+        if isinstance(message, Send):
+            self.sent[rank, message.peer].append(number)
+        else:
+            self.received[message.peer, rank].append(number)
         return number
 
-
-def _check_orders(plan: Plan) -> None:
-    """Messages from one rank to another are queued in the order in which they have met; both sides must agree on it."""
-    sent: dict[tuple[int, int], list[Tag]] = {}
-    received: dict[tuple[int, int], list[Tag]] = {}
-    for rank, program in enumerate(plan.programs):
-        for item in program:
-            for message in messages(item):
-                ours, pair = (
-                    (sent, (rank, message.peer)) if isinstance(message, Send) else (received, (message.peer, rank))
+    def _check_orders(self) -> None:
+        """Messages from a rank to another are queued in the order in which they met; both sides must agree on it."""
+        for (sender, receiver), numbers in self.sent.items():
+            if self.received.get((sender, receiver)) != numbers:
+                raise ValueError(
+                    f"{self.plan.schedule}: rank {receiver} does not receive what rank {sender} sends in the order in"
+                    " which it is sent; with_communication(plan) puts messages in that do"
                 )
-                ours.setdefault(pair, []).append(plan.tag(rank, message))
-    for pair, tags in sent.items():
-        if received.get(pair) != tags:
-            raise ValueError(
-                f"{plan.schedule}: rank {pair[1]} does not receive what rank {pair[0]} sends in the order in which it"
-                " is sent; with_communication(plan) puts messages in that do"
-            )
 
 
 def evaluate(
