@@ -50,7 +50,9 @@ class Stage:
 
     def with_update_of(self, other: "Stage") -> "Stage":
         """The same work, and another one's update."""
-        phases = tuple((name, other.update_s if name == UPDATE else spent) for name, spent in self.replay.phases_s)
+        phases = tuple(
+            (name, dict(other.update_s) if name == UPDATE else spent) for name, spent in self.replay.phases_s
+        )
         return replace(self, replay=replace(self.replay, phases_s=phases))
 
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
