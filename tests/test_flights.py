@@ -10,9 +10,11 @@ from hand_made import gather, kernel, steps_of, wait
 from windtunnel.collectives.trace import Trace
 from windtunnel.engine.pilot import Plan
 from windtunnel.engine.pilot import fly as really_fly
-from windtunnel.experiments import flights
+from windtunnel.experiments import flights, pipeline
 from windtunnel.experiments.flights import flown, forget
+from windtunnel.experiments.layout import Options, resolve
 from windtunnel.experiments.models import load_model
+from windtunnel.sim.hardware import load_cluster
 
 OURS = "windtunnel.experiments.transformer:for_flight"
 
@@ -180,3 +182,15 @@ def test_shards_depend_on_how_many_there_are(really: list[Plan]) -> None:
     for ranks in (2, 8, 4):
         flown(data_parallel(ranks, zero_optimization={"stage": 1}))
     assert [plan.world for plan in really] == [2, 8, 4]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_stage_flies_alike_beside_thin_stages_and_beside_whole_ones(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(load_model("gpt-demo"), layers=6, hidden=64, heads=4, kv_heads=4, ffn=256, tied=False)
+    layout = resolve(Options(pp=3, global_batch=3, gpus=3), spec, load_cluster("dgx-a100"))
+    parts = pipeline.parts_of(spec.layers, pipeline.schedule_plan(layout))
+    thin = pipeline.stage_flight(spec, layout, rank, parts)
+    monkeypatch.setattr(pipeline, "_at_most", lambda blocks, own: own)
+    assert pipeline.stage_flight(spec, layout, rank, parts) == thin
