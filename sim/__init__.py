@@ -1,6 +1,9 @@
 """Prices: how long a training step takes and what it keeps in memory on a described cluster. No torch.
 
 processor   a GPU or a CPU share: peaks, achievable shares of them, measured tables; each figure has its source
+entries     the files of the catalogue: names, and where a name or a user's path leads
+fabrics     the profile of a kind of link, and the links of one level of a cluster's network
+prices      what a node costs per hour, and what a job on several of them does
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
 unlike      how ranks may differ: slow ones, nodes with another GPU or slower links
 rank_classes  ranks by kind, and the few classes of groups that they make
@@ -22,5 +25,6 @@ remembered  results that belong to a large value, found again by its identity
 timetable   when everything in a pipeline plan takes place, in one pass without a clock
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
+failures    how often a job is interrupted, how often it should save, what share of its time is progress
 result      what a simulation says: time, breakdown, memory, traffic
 """

@@ -2,7 +2,7 @@
 
 Ranks that compute a micro-batch together (tensor and context axes) meet at every collective, so the slowest member of
 such a group sets its pace between any two of them: a group is as its set of kinds, however many ranks there are. The
-cluster as a class sees it has the kinds of the class side by side (`Cluster.paces`) and the narrowest of their links.
+cluster as a class sees it has the paces of all its kinds (`Cluster.paced_by`) and the narrowest of their links.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def seen_by(cluster: Cluster, kinds: Sequence[Kind]) -> Cluster:
     """The cluster as a group with members of these kinds sees it."""
     paces = tuple(dict.fromkeys(kind.pace for kind in kinds))
     narrowed = cluster.narrowed(min(kind.inter_node_share for kind in kinds))
-    return replace(narrowed, processor=paces[0].processor, beside=paces, nodes_like=())
+    return replace(narrowed, processor=paces[0].processor, paced_by=paces, nodes_like=())
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def test_who_is_slower_at_what() -> None:
     lame = replace(PROCESSOR, kernel_floor_s=2.0)
     narrow = Pace(replace(PROCESSOR, memory_bytes_per_s=0.5))
     ops = (kernel(1), gather(1), wait(1), kernel(5), gather(1), wait(4))
-    cluster = replace(CLUSTER, beside=(Pace(lame), narrow))
+    cluster = replace(CLUSTER, paced_by=(Pace(lame), narrow))
     # 1 s at half the bandwidth is 2 s, with the floor 3 s; 5 s are 10 s against 7 s.
     assert replay(steps_of(*ops), cluster).step_time_s == 3 + 1 + 10 + 1
 
