@@ -1,20 +1,20 @@
 """`simulate`: one training step of a model on a cluster, without the cluster."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ..collectives.job_file import Job, dumps, loads
 from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
-from ..engine.pilot import Plan, fly
+from ..engine.pilot import Plan
 from ..sim.hardware import Cluster, load_cluster
 from ..sim.job import price_job, record_job
+from ..sim.rank_classes import as_job, seen_by
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
+from .flights import flown
 from .layout import (
     OFFLOAD_KEYS,
     Layout,
@@ -23,6 +23,7 @@ from .layout import (
     counts_blocks,
     engine_config,
     from_deepspeed,
+    kinds_of,
     resolve,
     with_positions,
 )
@@ -57,16 +58,17 @@ def simulate(
     layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
     if layout.pp > 1:
         return simulate_pipeline(spec, layout, machine, began)
-    trace = flight(spec, layout)
-    return price(
+    trace, ranks = flight(spec, layout), kinds_of(layout, machine)
+    result = price(
         trace,
-        machine,
+        machine if ranks.even_on(machine) else seen_by(machine, ranks.kinds),
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
         since=began,
     )
+    return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
 def scaling(
@@ -77,34 +79,22 @@ def scaling(
 
 
 def flight(spec: ModelSpec, layout: Layout) -> Trace:
-    """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
-    return _flight(
-        with_positions(spec, layout),
-        world=layout.gpus,
-        micro_batch=layout.micro_batch,
-        seq=layout.seq,
-        accumulation=layout.accumulation,
-        engine=json.dumps(engine_config(layout)),
-    )
-
-
-@lru_cache(maxsize=64)
-def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumulation: int, engine: str) -> Trace:
-    config = json.loads(engine)
+    """The trace of a layout; a deep model is flown shallow and stretched."""
+    spec, config, accumulation = with_positions(spec, layout), engine_config(layout), layout.accumulation
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
     shallow = spec if counts_blocks(config) else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": shallow, "batch": micro_batch, "seq": seq},
+        arguments={"spec": shallow, "batch": layout.micro_batch, "seq": layout.seq},
         config=config,
-        world=world,
+        world=layout.gpus,
         micro_steps=accumulation,
     )
-    flown = fly(plan)
+    trace = flown(plan)
     try:
-        trace = stretch(flown, spec.layers, MIDDLE + deeper // 2)
+        trace = stretch(trace, spec.layers, MIDDLE + deeper // 2)
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
-        trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
+        trace = flown(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
 
 
