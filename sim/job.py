@@ -1,6 +1,6 @@
 """A whole job priced and recorded from its traces: what `simulate` does once the flights are over. No torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from time import perf_counter
@@ -14,10 +14,13 @@ from .hardware import Cluster
 from .pipeline import PipelineStep
 from .pipeline_timeline import StageRecord, rank_memory_track, step_timeline, updates
 from .recording import MemoryTrack
+from .rank_classes import RankKinds, as_job, rank_kinds, seen_by
 from .replay import replay
 from .result import StepResult, price
-from .stages import compose_stages, link_seconds, price_pipeline, price_stage
+from .stages import Stage, compose_stages, link_seconds, price_pipeline, price_stage
 from .timeline import Timeline, rank_timeline, steady_memory
+from .uneven_pipeline import compose_uneven
+from .unlike import Stragglers
 
 
 def price_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> StepResult:
@@ -39,13 +42,47 @@ def price_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> S
         "layout": layout,
         "since": began,
     }
+    ranks = _kinds(job, cluster)
     if len(job.stages) == 1:
-        return price(job.traces[0], cluster, **_said(price, layout) | common)
-    plan, how = job.plan(), _said(price_stage, layout)
-    distinct = [price_stage(trace, cluster, plan, **how) for trace in job.traces]
-    stages = [distinct[number] for number in job.stages]
-    about = _said(price_pipeline, layout) | common | {"message_bytes": job.message_bytes}
-    return price_pipeline(plan, stages, cluster, mesh, **about)
+        result = price(job.traces[0], _seen(cluster, ranks), **_said(price, layout) | common)
+    else:
+        plan, stages, step = _composed(job, cluster, fidelity)
+        about = _said(price_pipeline, layout) | common | {"message_bytes": job.message_bytes, "step": step}
+        result = price_pipeline(plan, stages, cluster, mesh, **about)
+    return result if ranks.even_on(cluster) else as_job(result, ranks, job.precision)
+
+
+def _kinds(job: Job, cluster: Cluster) -> RankKinds:
+    """The kinds of the job's ranks on a cluster."""
+    slow = Stragglers(
+        ranks=job.layout.get("slow_ranks", 0),
+        factor=job.layout.get("slow_factor", 1.0),
+        seed=job.layout.get("slow_seed", 0),
+    )
+    return rank_kinds(cluster, Mesh.of(job.traces[0].world).world, slow)
+
+
+def _seen(cluster: Cluster, ranks: RankKinds) -> Cluster:
+    return cluster if ranks.even_on(cluster) else seen_by(cluster, ranks.kinds)
+
+
+def _composed(job: Job, cluster: Cluster, fidelity: str) -> tuple[Plan, Sequence[Stage], PipelineStep]:
+    """The job's plan, what its pipeline ranks' work costs, and the step that they make; of the slowest pipeline."""
+    plan, mesh, ranks = job.plan(), Mesh.of(job.traces[0].world), _kinds(job, cluster)
+    layout = {**job.layout, "fidelity": fidelity}
+    priced: dict[tuple[int, Cluster], Stage] = {}
+
+    def stage_on(rank: int, machine: Cluster) -> Stage:
+        key = job.stages[rank], machine
+        if key not in priced:
+            priced[key] = price_stage(job.traces[key[0]], machine, plan, **_said(price_stage, layout))
+        return priced[key]
+
+    if not ranks.even_on(cluster):
+        uneven = compose_uneven(plan, stage_on, cluster, mesh, ranks, job.message_bytes)
+        return plan, uneven.stages, uneven.step
+    stages = [stage_on(rank, cluster) for rank in range(plan.ranks)]
+    return plan, stages, compose_stages(plan, stages, cluster, mesh, job.message_bytes)
 
 
 def _said(function: Callable[..., Any], layout: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,16 +132,15 @@ def record_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> 
 
 
 def stage_record(job: Job, trace: Trace, cluster: Cluster, fidelity: str) -> StageRecord:
-    """A trace of the job played again, with its spans kept."""
-    recorded = replay(trace, cluster, record=True, **_said(replay, {**job.layout, "fidelity": fidelity}))
+    """A trace of the job played again, with its spans kept; where ranks differ, among members of all kinds."""
+    machine = _seen(cluster, _kinds(job, cluster))
+    recorded = replay(trace, machine, record=True, **_said(replay, {**job.layout, "fidelity": fidelity}))
     return StageRecord(trace, recorded, cluster.processor.allocation_bytes)
 
 
 def _record_pipeline(job: Job, cluster: Cluster, fidelity: str) -> JobRecord:
-    plan, mesh = job.plan(), Mesh.of(job.traces[0].world)
-    layout = {**job.layout, "fidelity": fidelity}
-    priced = [price_stage(trace, cluster, plan, **_said(price_stage, layout)) for trace in job.traces]
-    step = compose_stages(plan, [priced[number] for number in job.stages], cluster, mesh, job.message_bytes)
+    plan, _, step = _composed(job, cluster, fidelity)
+    mesh = Mesh.of(job.traces[0].world)
     distinct = [stage_record(job, trace, cluster, fidelity) for trace in job.traces]
     stages = [distinct[number] for number in job.stages]
     tracks = [rank_memory_track(plan, step, rank, stage, job.message_bytes) for rank, stage in enumerate(stages)]
