@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..kernels.dispatch import choices
 from ..reading import nearest
 from ..sim.hardware import Cluster, Processor, cluster_names, load_cluster, load_processor, processor_names
 from .models import load_model, model_names
@@ -27,6 +28,7 @@ class Listing:
         else:
             yield _gpus_table(self.entries["gpus"])
             yield _clusters_table(self.entries["clusters"])
+            yield _kernels_table(self.entries["kernels"])
 
     def _one(self) -> Any:
         (group,) = [kind for kind, found in self.entries.items() if found]
@@ -70,7 +72,8 @@ def list_hardware(name: str | None) -> Listing:
         raise ValueError(f"name = {name}; allowed: {', '.join(known)}{nearest(name, known)}")
     gpus = [_processor(load_processor(each)) for each in processor_names() if name in (None, each)]
     clusters = [_cluster(load_cluster(each)) for each in cluster_names() if name in (None, each)]
-    return Listing({"gpus": gpus, "clusters": clusters}, name)
+    here = {"kernels": [each._asdict() for each in choices()]} if name is None else {}
+    return Listing({"gpus": gpus, "clusters": clusters, **here}, name)
 
 
 def _processor(processor: Processor) -> dict[str, Any]:
@@ -110,6 +113,15 @@ def _gpus_table(gpus: list[dict[str, Any]]) -> Any:
     ]
     columns = ("GPU", "memory", "bandwidth", "bf16 TFLOP/s", "fp16", "fp32")
     return table("GPUs (dense peaks)", columns, rows)
+
+
+def _kernels_table(kernels: list[dict[str, str]]) -> Any:
+    """What runs each kernel of kernels/ on this machine's CPU, and would on CUDA."""
+    ways: dict[str, dict[str, str]] = {}
+    for each in kernels:
+        ways.setdefault(each["kernel"], {})[each["device"]] = each["implementation"]
+    rows = [(name, way["cpu"], way["cuda"]) for name, way in ways.items()]
+    return table("fused kernels", ("kernel", "on the CPU", "on CUDA"), rows, note='taken where "kernels.fused" says so')
 
 
 def _clusters_table(clusters: list[dict[str, Any]]) -> Any:
