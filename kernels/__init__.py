@@ -6,7 +6,8 @@ sign         one bit per value and a scale per block
 top_k        the largest values and where they were
 prune        which weights, rows or heads are kept by magnitude, and how many at which step
 low_rank     one power iteration towards the best product of two thin factors
-one_pass     an optimizer's step in one pass over memory: the reference, and chunk by chunk in cache
+one_pass     an optimizer's step in one pass over memory: the reference, and by torch's operators
+native       that pass in C++, compiled on this machine at its first use
 adamw        one step of AdamW or Adam
 sgd          one step of SGD with momentum
 lion         one step of Lion on lists of tensors

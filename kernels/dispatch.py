@@ -1,12 +1,14 @@
 """Which implementation of a kernel runs on which device: the one place that decides. Importing it loads no torch.
 
 Each kernel has a plain-torch reference, which every device can run. A fast version stands in where there is one:
-torch's own fused operators on the CPU, Triton on CUDA if the package `triton` is installed. What was taken is logged
-once for each kernel and device, and `windtunnel hardware` lists it.
+C++ or torch's own fused operators on the CPU, Triton on CUDA if the package `triton` is installed. What was taken is
+logged once for each kernel and device, and `windtunnel hardware` lists it.
 """
 
 import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REFERENCE, CHUNKS, WHOLE, TRITON = "plain torch", "torch, chunk by chunk", "torch, on whole tensors", "triton"
+REFERENCE, CHUNKS, WHOLE = "plain torch", "torch, chunk by chunk", "torch, on whole tensors"
+NATIVE, TRITON = "C++, compiled here", "triton"
+
+PASSES = ("adamw", "sgd", "lion")
+"""Optimizers that step in one pass over memory."""
 
 CPU = {
-    "adamw": CHUNKS,
-    "sgd": CHUNKS,
-    "lion": CHUNKS,
+    **dict.fromkeys(PASSES, NATIVE),
     "linear_cross_entropy": CHUNKS,
     "layer_norm": "torch's fused operator",
     "rms_norm": REFERENCE,
@@ -32,15 +36,15 @@ CPU = {
     "rotary": REFERENCE,
     "dropout_residual": REFERENCE,
 }
-"""What runs on the CPU, by kernel; on a device without fast versions, too."""
+"""What runs on the CPU, by kernel."""
 
 ON_CUDA = {
-    **dict.fromkeys(("adamw", "sgd", "lion"), WHOLE),
+    **dict.fromkeys(PASSES, WHOLE),
     "linear_cross_entropy": CHUNKS,
 }
 """What runs on CUDA without Triton, where it differs."""
 
-WITH_TRITON = frozenset({"adamw", "sgd", "lion", "rms_norm", "swiglu", "bias_gelu", "dropout_residual"})
+WITH_TRITON = frozenset({*PASSES, "rms_norm", "swiglu", "bias_gelu", "dropout_residual"})
 """Kernels that have a Triton version."""
 
 
@@ -59,6 +63,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def compiler() -> str | None:
+    """Path of the C++ compiler: that of the environment's CXX, else c++, g++ or clang++."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
 def choice(kernel: str, device: str) -> Choice:
     """What runs `kernel` on devices of type `device`.
 
@@ -67,6 +78,9 @@ def choice(kernel: str, device: str) -> Choice:
     """
     if kernel not in CPU:
         raise ValueError(f"kernel = {kernel!r}; allowed: {', '.join(CPU)}")
+    if device == "cpu" and CPU[kernel] == NATIVE:
+        found = compiler()
+        return Choice(kernel, device, NATIVE if found else CHUNKS, f"C++ compiler: {found or 'none'}")
     if device == "cpu":
         return Choice(kernel, device, CPU[kernel], "the fastest there is for CPUs here")
     if device == "cuda" and kernel in WITH_TRITON and has_triton():
@@ -97,6 +111,10 @@ def optimizer_step(kernel: str, device: str) -> "Callable[..., Tensor]":
         from .triton_optimizers import triton_step_
 
         return triton_step_
+    if implementation == NATIVE:
+        from .native import native_step_
+
+        return native_step_
     if implementation == WHOLE:
         return _whole_step_
     return one_pass.chunked_step_ if implementation == CHUNKS else one_pass.plain_step_

@@ -1,10 +1,9 @@
 """An optimizer's step in one pass over memory: gradients of any dtype in, new masters and their low-precision copy out.
 
 A step of AdamW reads master, gradient and two moments and writes three of them: 28 bytes per parameter in fp32. What
-usually surrounds it reads and writes the same values again: gradients are widened, unscaled and clipped, their norm is
-taken, the master is copied to 16 bits. Here all of that happens to a chunk while it is in cache (Ren et al. 2021,
-ZeRO-Offload, section 5.1, overlap the copy in the same way). What an element becomes needs that element alone, so that
-chunks may be cut anywhere.
+usually surrounds it moves the same values again: gradients are widened, unscaled and clipped, their norm is taken, the
+master is copied to 16 bits (Ren et al. 2021, ZeRO-Offload, section 5.1, fuse the last with the step for CPUs). What an
+element becomes needs that element alone, so that tensors may be cut anywhere.
 
 A `Rule` is an optimizer with its values for one step; kernels/adamw.py, sgd.py and lion.py have one each.
 """
@@ -15,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16
-"""Elements per chunk: four fp32 values of each are 1 MiB, which a core's second-level cache holds."""
+CHUNK = 1 << 22
+"""Elements per chunk: few enough that widened gradients take little memory, enough that calls cost nothing."""
 
 COPY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Floating dtypes that gradients come and copies go in."""
@@ -88,7 +87,7 @@ def plain_step_(rule: Rule, shards: Shards, *, multiplier: float = 1.0) -> Tenso
 
 
 def chunked_step_(rule: Rule, shards: Shards, *, multiplier: float = 1.0, chunk: int = CHUNK) -> Tensor:
-    """As `plain_step_`, a chunk at a time, each from widening to copying while it is in cache.
+    """As `plain_step_`, a chunk at a time, by torch's fused operators where it has them.
 
     Sums of squares are of fp32 within a chunk, of float64 over chunks.
 

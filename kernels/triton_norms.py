@@ -49,7 +49,7 @@ def _backward(
     factor = tl.load(weight + places, mask=inside, other=0.0).to(scales.dtype.element_ty)
     sums = tl.zeros((BLOCK,), dtype=scales.dtype.element_ty)
     for row in range(program, rows, PROGRAMS):
-        start = row.to(tl.int64) * width
+        start = tl.to_tensor(row).to(tl.int64) * width
         scale = tl.load(scales + row)
         normed = tl.load(x + start + places, mask=inside, other=0.0).to(scale.dtype) * scale
         given = tl.load(gradient + start + places, mask=inside, other=0.0).to(scale.dtype)

@@ -231,6 +231,6 @@ def test_a_flight_of_everything_fused_sees_each_operator() -> None:
 
 def test_a_flight_with_a_shared_vocabulary_sends_three_numbers_for_each_token() -> None:
     trace = flight(replace(SMALL, heads=2, kv_heads=2), stage=0, world=2, mp_size=2, **ALL)
-    labels = ("largest logits", "sums of exponentials")
-    sent = [op.elements for op in second_step(trace, Collective) if op.label in labels]
-    assert sum(sent) == 3 * BATCH * SMALL.seq
+    sent = {op.label: op.elements for op in second_step(trace, Collective) if op.label in ("largest logits", "sums")}
+    tokens = BATCH * SMALL.seq
+    assert sent == {"largest logits": tokens, "sums": 2 * tokens}

@@ -1,7 +1,10 @@
 """Optimizers in one pass: against torch's and the reference, for any shapes and dtypes; in the engine; on `sim`."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +18,11 @@ from torch import Tensor
 from windtunnel.collectives.trace import Kernel, Trace, walk
 from windtunnel.engine import optim
 from windtunnel.engine.engine import Engine
+from windtunnel.kernels import dispatch, native
 from windtunnel.kernels.adamw import AdamW
 from windtunnel.kernels.dispatch import choice, choices, optimizer_step
 from windtunnel.kernels.lion import Lion
+from windtunnel.kernels.native import native_step_
 from windtunnel.kernels.one_pass import Rule, Shards, chunked_step_, chunks, plain_step_
 from windtunnel.kernels.sgd import Sgd
 
@@ -133,7 +138,7 @@ def test_chunks_cover_each_element_once(sizes: list[int], elements: int) -> None
     assert torch.cat([*given.masters, torch.tensor([100.0], dtype=torch.float64)]).sub(100).abs().max() < 10
 
 
-@pytest.mark.parametrize("step", [plain_step_, chunked_step_])
+@pytest.mark.parametrize("step", [plain_step_, chunked_step_, native_step_])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_overflow_shows_in_the_sum_of_squares(step: Callable[..., Tensor], value: float) -> None:
     given = shards(RULES[0], [9, 5], wide=torch.float32, gradient=torch.float16)
@@ -142,12 +147,13 @@ def test_an_overflow_shows_in_the_sum_of_squares(step: Callable[..., Tensor], va
     assert not torch.isfinite(step(RULES[0], given))
 
 
-def test_a_copy_may_take_the_gradients_memory() -> None:
+@pytest.mark.parametrize("step", [partial(chunked_step_, chunk=7), native_step_])
+def test_a_copy_may_take_the_gradients_memory(step: Callable[..., Tensor]) -> None:
     given = shards(RULES[0], [50], wide=torch.float32, gradient=torch.bfloat16, copy=None)
     wanted = clone(given)
     plain_step_(RULES[0], wanted, multiplier=0.5)
     shared = given._replace(copies=given.gradients)
-    chunked_step_(RULES[0], shared, multiplier=0.5, chunk=7)
+    step(RULES[0], shared, multiplier=0.5)
     assert torch.equal(shared.copies[0], shared.masters[0].bfloat16())
     torch.testing.assert_close(shared.masters[0], wanted.masters[0])
 
@@ -174,23 +180,103 @@ def test_what_is_not_allowed(changed: dict[str, Any], message: str) -> None:
         chunked_step_(RULES[0], given._replace(**changed))
 
 
+# In C++ #
+
+needs_compiler = pytest.mark.skipif(dispatch.compiler() is None, reason="this machine has no C++ compiler")
+
+
+@needs_compiler
+@given(
+    rule=st.sampled_from(RULES), sizes=st.lists(st.sampled_from([0, 1, 7, 33, 3000]), max_size=4),
+    seed=st.integers(0, 99), gradient=st.sampled_from(DTYPES[1:]), copy=st.sampled_from([None, *DTYPES[1:]]),
+    multiplier=st.sampled_from([1.0, 0.3]),
+)  # fmt: skip
+def test_the_compiled_loop_gives_what_the_reference_gives(
+    rule: Rule, sizes: list[int], seed: int, gradient: torch.dtype, copy: torch.dtype | None, multiplier: float
+) -> None:
+    given = shards(rule, sizes, seed=seed, wide=torch.float32, gradient=gradient, copy=copy)
+    plain, fast = clone(given), clone(given)
+    wanted = plain_step_(rule, plain, multiplier=multiplier)
+    found = native_step_(rule, fast, multiplier=multiplier)
+    same(fast, plain, rtol=1e-5, atol=1e-6)  # some roundings of fp32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+    for copied, master in zip(fast.copies, fast.masters, strict=bool(fast.copies)):
+        assert torch.equal(copied, master.to(copied.dtype))
+
+
+def bit_patterns() -> Tensor:
+    """fp32 numbers of all kinds: every bf16, the halves between fp16 numbers and their neighbours, random ones."""
+    brains = torch.arange(1 << 16, dtype=torch.int32) << 16
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().view(torch.int32)
+    near = [halves + offset for offset in (-1, 1, 1 << 12, (1 << 12) - 1, (1 << 12) + 1)]
+    anything = torch.randint(-(2**31), 2**31, (1 << 18,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([brains, halves, *near, anything.to(torch.int32)]).view(torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_conversions_are_torchs(dtype: torch.dtype) -> None:
+    """Every number of 16 bits is widened, and every kind of fp32 number is rounded, as torch does it."""
+    values = bit_patterns()
+    copy, zeros = torch.empty_like(values, dtype=dtype), torch.zeros_like(values)
+    native_step_(Lion(lr=0.0), Shards([values.clone()], [zeros], ([zeros.clone()],), [], [copy]))
+    torch.testing.assert_close(copy, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    all_of_them = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    master = torch.zeros(1 << 16)
+    native_step_(Sgd(lr=1.0), Shards([master], [all_of_them], (), []))
+    torch.testing.assert_close(-master, all_of_them.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+def test_threads_share_the_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LEAST_PER_THREAD", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    given = shards(RULES[0], [50, 1, 31], wide=torch.float32, gradient=torch.bfloat16)
+    wanted = clone(given)
+    squares = plain_step_(RULES[0], wanted)
+    torch.testing.assert_close(native_step_(RULES[0], given), squares, rtol=1e-5, atol=0.0)
+    same(given, wanted, rtol=1e-5, atol=1e-6)
+
+
 # Which one runs #
 
 
-def test_what_runs_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    from windtunnel.kernels import dispatch
-
+def test_what_runs_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "compiler", lambda: "/bin/c++")
     dispatch.chosen.cache_clear()
     with caplog.at_level("INFO"):
-        assert optimizer_step("adamw", "cpu") is chunked_step_
+        assert optimizer_step("adamw", "cpu") is native_step_
         optimizer_step("adamw", "cpu")
     assert [record.message for record in caplog.records] == [
-        "kernel adamw on cpu: torch, chunk by chunk (the fastest there is for CPUs here)"
+        "kernel adamw on cpu: C++, compiled here (C++ compiler: /bin/c++)"
     ]
     assert optimizer_step("adamw", "another") is plain_step_
     assert {each.kernel for each in choices()} >= {"adamw", "sgd", "lion"}
     with pytest.raises(ValueError, match="kernel = 'adam'; allowed: adamw"):
         choice("adam", "cpu")
+    monkeypatch.setattr(dispatch, "compiler", lambda: None)
+    dispatch.chosen.cache_clear()
+    assert optimizer_step("adamw", "cpu") is chunked_step_
+    dispatch.chosen.cache_clear()
+
+
+def test_without_a_compiler_torch_steps_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is missing, and one that fails."""
+    given = shards(RULES[0], [9], wide=torch.float32, gradient=torch.float32)
+    wanted = clone(given)
+    chunked_step_(RULES[0], wanted)
+    for found, message in ((None, "no C++ compiler"), (shutil.which("false"), "one_pass.cpp cannot be compiled")):
+        monkeypatch.setattr(native, "compiler", lambda found=found: found)
+        monkeypatch.setattr(native, "folder", lambda: tmp_path)
+        native.library.cache_clear()
+        stepped = clone(given)
+        native_step_(RULES[0], stepped)
+        assert torch.equal(stepped.masters[0], wanted.masters[0])
+        assert message in caplog.text
+    native.library.cache_clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 # In the engine #
