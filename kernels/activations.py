@@ -114,9 +114,7 @@ def _swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
 
 
 def _swiglu_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    share = gate.sigmoid()
-    slope = torch.addcmul(share, gate * share, 1 - share)
-    return gradient * up * slope, gate * share * gradient
+    return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
 
 
 @torch.library.custom_op("windtunnel::bias_gelu", mutates_args=())

@@ -174,6 +174,7 @@ def in_chunks(
             torch.mm(of_logits, weight, out=of_hidden[here])
         if of_weight is not None:
             _add_product_(of_weight, of_logits, hidden[here])
+        del of_logits  # before the next ones are made
     return Found(loss, of_hidden, of_weight)
 
 

@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
+# Read where triton and its kernels are imported, here while tests are collected. Where there is a GPU, other tests of
+# this process may want compiled kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the extra 'triton' is not installed")
-if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip(
-        "other tests of this process may want compiled kernels: set TRITON_INTERPRET=1", allow_module_level=True
-    )
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("on a machine with a GPU: set TRITON_INTERPRET=1", allow_module_level=True)
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

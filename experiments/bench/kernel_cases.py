@@ -29,11 +29,15 @@ class Sizes(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One way: what runs, and its largest difference to the reference as a share of the largest value there."""
+    """One way: what runs, and its largest difference to the reference as a share of the largest value there.
+
+    `builds`: its first call compiles for up to minutes; it runs only if it is asked for.
+    """
 
     name: str
     run: Callable[[], object]
     error: Callable[[], float] | None = None
+    builds: bool = False
 
 
 class Made(NamedTuple):
@@ -143,7 +147,7 @@ def _deepspeed(rule: AdamW, gradient: Tensor, copy: Tensor, elements: int) -> Co
             made.append(build())
         made[0]()
 
-    return Contender("DeepSpeed's, norm, copy", run)
+    return Contender("DeepSpeed's, norm, copy", run, builds=True)
 
 
 def _with_foreach(parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -161,12 +165,14 @@ def forward_and_backward(
     fused: Callable[..., Tensor],
     inputs: Callable[[Sizes, torch.device], list[Tensor]],
     passes: float,
+    reference: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Made]:
     """`plain` as torch runs it and compiled, and `fused`, on the same inputs.
 
     Args:
         inputs: of both; gradients are taken of those that are floating.
         passes: tensors as large as the first input that must be read or written at least.
+        reference: what `fused` is held against in float64, if not `plain`.
     """
 
     def make(sizes: Sizes, device: torch.device) -> Made:
@@ -181,15 +187,15 @@ def forward_and_backward(
 
         def error() -> float:
             wide = [t.detach().double().requires_grad_() if t.requires_grad else t for t in given]
-            output = plain(*wide)
+            output = (reference or plain)(*wide)
             wanted = torch.autograd.grad(output, [t for t in wide if t.requires_grad], gradient.double())
-            return max(map(_difference, run(fused), (output.detach(), *wanted), strict=False))
+            return max(_difference(*pair) for pair in zip(run(fused), (output.detach(), *wanted), strict=True))
 
         compiled = torch.compile(plain)
         contenders = [
             Contender("torch", lambda: run(plain)),
             Contender("fused", lambda: run(fused), error),
-            Contender("torch.compile", lambda: run(compiled)),
+            Contender("torch.compile", lambda: run(compiled), builds=True),
         ]
         first = given[0]
         return Made(contenders, passes * first.numel() * first.element_size(), first.numel())
@@ -272,6 +278,7 @@ CASES: list[Case] = [
             lambda x, r: dropout.dropout(x, 0.1, SEED, r),
             _activations(2),
             5,
+            lambda x, r: dropout.plain_dropout(x, 0.1, int(SEED), r),
         ),
         weighs=True,
     ),

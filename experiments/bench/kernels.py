@@ -1,6 +1,6 @@
 """The fused kernels against torch's operators, torch.compile and (where installed) DeepSpeed's Adam for CPUs.
 
-    python -m windtunnel.experiments.bench.kernels [--device cpu|cuda --threads 1 2 --parameters P --rounds R
+    python -m windtunnel.experiments.bench.kernels [--device cpu|cuda --threads 1 2 --parameters P --rounds R --builds
                                                     --tokens N --vocab V --width D --only adamw ... --out FOLDER]
 
 Contenders of a case take turns, so that whatever else the machine does hits all alike; the first one is what the others
@@ -71,10 +71,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return watch_allocations(lambda mark: run()).peak_bytes()
 
 
-def rows_of(case: Case, sizes: Sizes, device: torch.device, rounds: int, copied: float) -> Iterator[dict[str, Any]]:
-    """One row for each contender that runs here."""
+def rows_of(
+    case: Case, sizes: Sizes, device: torch.device, rounds: int, copied: float, *, builds: bool
+) -> Iterator[dict[str, Any]]:
+    """One row for each contender that runs here; those that compile first only if they may."""
     made = case.make(sizes, device)
-    contenders = [each for each in made.contenders if _runs(each)]
+    contenders = [each for each in made.contenders if (builds or not each.builds) and _runs(each)]
     times = take_turns(contenders, rounds, device)
     for contender, timed in zip(contenders, times, strict=True):
         rate = made.least_bytes / timed.seconds
@@ -125,6 +127,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=50_257)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--builds", action="store_true", help="also what compiles for up to minutes: torch.compile, DeepSpeed's Adam"
+    )
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="by default all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -138,7 +143,7 @@ def main() -> None:
         for case in CASES:
             if chosen.only is not None and case.name not in chosen.only:
                 continue
-            for row in rows_of(case, sizes, device, chosen.rounds, copied):
+            for row in rows_of(case, sizes, device, chosen.rounds, copied, builds=chosen.builds):
                 rows.append({**row, **about, "torch": torch.__version__, "date": date.today().isoformat()})
                 print(
                     f"{case.name:22} {row['contender']:28} {threads} threads {row['seconds'] * 1e3:9.2f} ms"
