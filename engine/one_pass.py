@@ -4,7 +4,8 @@ State is that of torch's optimizers, under their names, so that a checkpoint of 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,22 +37,24 @@ def rule_of(kind: Callable[..., torch.optim.Optimizer], hyper: Mapping[str, Any]
                 f"kernels.fused 'optimizer' with {option} = true; allowed: leave that out, or take 'optimizer' out of"
                 " kernels.fused"
             )
+    some, lr = partial(_some, hyper), float(hyper.get("lr", 0.0))
     if kind in (Adam, AdamW):
-        names = ("betas", "eps", "weight_decay")
         decoupled = kind is AdamW or bool(hyper.get("decoupled_weight_decay"))
-        return adamw.AdamW(lr=float(hyper["lr"]), decoupled=decoupled, **{name: hyper[name] for name in names})
+        return adamw.AdamW(lr=lr, decoupled=decoupled, **some("betas", "eps", "weight_decay"))
     if kind is SGD:
-        names = ("momentum", "dampening", "weight_decay", "nesterov")
-        return sgd.Sgd(lr=float(hyper["lr"]), **{name: hyper[name] for name in names})
+        return sgd.Sgd(lr=lr, **some("momentum", "dampening", "weight_decay", "nesterov"))
     if kind is Lion:
-        return lion.Lion(**{name: hyper[name] for name in ("lr", "betas", "weight_decay")})
+        return lion.Lion(lr=lr, **some("betas", "weight_decay"))
     if kind is Lamb:
-        names = ("lr", "betas", "eps", "weight_decay", "min_coeff", "max_coeff")
-        return lamb.Lamb(**{name: hyper[name] for name in names})
+        return lamb.Lamb(lr=lr, **some("betas", "eps", "weight_decay", "min_coeff", "max_coeff"))
     raise ValueError(
         f"kernels.fused 'optimizer' with {getattr(kind, '__name__', kind)}; allowed: Adam, AdamW, SGD, Lion, Lamb, or"
         " take 'optimizer' out of kernels.fused"
     )
+
+
+def _some(hyper: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: hyper[name] for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,6 @@ def step_pieces(
         return
     fresh = [piece for piece in pieces if _begin(rule, piece)]
     if isinstance(rule, sgd.Sgd) and rule.momentum and fresh:
-        from dataclasses import replace
-
         begun = {id(piece) for piece in fresh}
         _step(replace(rule, first=True), fresh, multiplier)
         pieces = [piece for piece in pieces if id(piece) not in begun]

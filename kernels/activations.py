@@ -139,7 +139,7 @@ def _bias_gelu_backward(gradient: Tensor, x: Tensor, bias: Tensor) -> tuple[Tens
         return made, rows_of(made).sum(0, dtype=dtype).to(bias.dtype)
     of_bias = torch.zeros(width, dtype=dtype, device=x.device)
     rows, gradients, target = map(rows_of, (x, gradient, made))
-    for piece in row_pieces(*rows.shape, x.device):
+    for piece in row_pieces(rows):
         of_rows = torch.ops.aten.gelu_backward(
             gradients[piece].to(dtype), rows[piece].to(dtype) + bias, approximate="tanh"
         )
@@ -156,7 +156,7 @@ def _rotary(x: Tensor, table: Tensor, back: bool) -> Tensor:
     cosine, sine = table.to(wide(x.dtype)).unbind(0)
     if back:  # turned by the negative angle
         sine = -sine
-    for piece in row_pieces(heads.shape[0], heads.shape[1] * heads.shape[2], x.device):
+    for piece in row_pieces(heads.flatten(1)):
         values = heads[piece].to(cosine.dtype)
         first, second = values[..., :half], values[..., half:]
         target[piece, :, :half] = first * cosine[:, :half] - second * sine[:, :half]
@@ -166,7 +166,7 @@ def _rotary(x: Tensor, table: Tensor, back: bool) -> Tensor:
 
 def _by_rows(formula: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> None:
     rows, target = rows_of(x), rows_of(made)
-    for piece in row_pieces(*rows.shape, x.device):
+    for piece in row_pieces(rows):
         target[piece].copy_(formula(rows[piece]))
 
 

@@ -48,8 +48,9 @@ class AdamW:
 
     def fused_(self, shards: Shards) -> None:
         fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        means, squares = map(list, shards.moments)
         fused(
-            shards.masters, shards.gradients, *shards.moments, [], shards.steps,
+            list(shards.masters), list(shards.gradients), means, squares, [], list(shards.steps),
             lr=self.lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=self.eps,
             amsgrad=False, maximize=False,
         )  # fmt: skip

@@ -41,9 +41,10 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def row_pieces(rows: int, width: int, device: torch.device) -> list[slice]:
-    """Rows of a matrix in pieces; all at once where it is not a CPU's cache that counts."""
-    count = max(1, PIECE // max(1, width)) if device.type == "cpu" else max(1, rows)
+def row_pieces(matrix: Tensor) -> list[slice]:
+    """The rows of [rows, D] in pieces; all at once where it is not a CPU's cache that counts."""
+    rows, width = matrix.shape[0], matrix.shape[1]
+    count = max(1, PIECE // max(1, width)) if matrix.device.type == "cpu" else max(1, rows)
     return [slice(start, start + count) for start in range(0, rows, count)]
 
 

@@ -78,7 +78,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm_forward(x, None, weight, eps)[:2]
     y, scales = _outputs(x)
     rows, made = rows_of(x), rows_of(y)
-    for piece in row_pieces(*rows.shape, x.device):
+    for piece in row_pieces(rows):
         _normalise(rows[piece], weight, eps, made[piece], scales[piece])
     return y, scales
 
@@ -94,7 +94,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     y, scales = _outputs(x)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, added, sums, made = map(rows_of, (x, residual, total, y))
-    for piece in row_pieces(*rows.shape, x.device):
+    for piece in row_pieces(rows):
         torch.add(rows[piece], added[piece], out=sums[piece])
         _normalise(sums[piece], weight, eps, made[piece], scales[piece])
     return y, total, scales
@@ -111,7 +111,7 @@ def _rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scales: Tens
     dtype, width = scales.dtype, x.shape[-1]
     of_weight, factor = torch.zeros(width, dtype=dtype, device=x.device), weight.to(dtype)
     rows, gradients, made = map(rows_of, (x, gradient, of_x))
-    for piece in row_pieces(*rows.shape, x.device):
+    for piece in row_pieces(rows):
         scale = scales[piece, None]
         normed, given = rows[piece].to(dtype) * scale, gradients[piece].to(dtype)
         of_weight += (given * normed).sum(0)

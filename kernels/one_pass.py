@@ -101,7 +101,7 @@ def chunked_step_(rule: Rule, shards: Shards, *, multiplier: float = 1.0, chunk:
         squares += [torch.dot(gradient, gradient) for gradient in gradients]
         rule.fused_(part._replace(gradients=gradients))
         if part.copies:
-            torch._foreach_copy_(part.copies, part.masters)
+            torch._foreach_copy_(list(part.copies), list(part.masters))
     if not squares:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(squares).double().sum()

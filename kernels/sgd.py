@@ -43,7 +43,7 @@ class Sgd:
 
     def fused_(self, shards: Shards) -> None:
         torch._fused_sgd_(
-            shards.masters, shards.gradients, *(shards.moments or ([],)),
+            list(shards.masters), list(shards.gradients), list(shards.moments[0]) if shards.moments else [],
             weight_decay=self.weight_decay, momentum=self.momentum, lr=self.lr, dampening=self.dampening,
             nesterov=self.nesterov, maximize=False, is_first_step=self.first,
         )  # fmt: skip

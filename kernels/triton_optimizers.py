@@ -5,7 +5,6 @@ One program steps `BLOCK` elements: each value is read once and written once, wh
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def _lion(
         tl.store(copy + places, x.to(copy.dtype.element_ty), mask=inside)
 
 
-def _values(rule: Rule) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _values(rule: Rule) -> tuple[Any, dict[str, Any]]:
     """The kernel of a rule, and its constants by name."""
     match rule:
         case AdamW():
