@@ -51,12 +51,12 @@ inline void narrow(float value, Brain& copy) {
 
 inline void narrow(float value, Half& copy) {
   const std::uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
-  // Normal numbers: round away 13 bits to nearest even, and move the exponent. 65520 and above become inf.
+  // Normal numbers: round away 13 bits to nearest even, and move the exponent. From 65520 on the carry makes inf.
   const std::uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   // Below 2^-14 the sum with 0.5 has its last bit where fp16 has its own: the addition rounds.
   const std::uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   std::uint32_t result = magnitude < 0x38800000u ? small : normal;
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;
   result = magnitude > 0x7f800000u ? 0x7e00u : result;
   copy.bits = std::uint16_t(result | ((bits >> 16) & 0x8000u));
 }
