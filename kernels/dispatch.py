@@ -28,21 +28,19 @@ PASSES = ("adamw", "sgd", "lion")
 
 CPU = {
     **dict.fromkeys(PASSES, NATIVE),
+    "lamb": CHUNKS,
     "linear_cross_entropy": CHUNKS,
     "layer_norm": "torch's fused operator",
-    "rms_norm": REFERENCE,
-    "bias_gelu": REFERENCE,
-    "swiglu": REFERENCE,
-    "rotary": REFERENCE,
-    "dropout_residual": REFERENCE,
+    **dict.fromkeys(("rms_norm", "bias_gelu", "swiglu", "rotary", "dropout_residual"), CHUNKS),
 }
 """What runs on the CPU, by kernel."""
 
 ON_CUDA = {
-    **dict.fromkeys(PASSES, WHOLE),
+    **dict.fromkeys((*PASSES, "lamb"), WHOLE),
     "linear_cross_entropy": CHUNKS,
+    "layer_norm": "torch's fused operator",
 }
-"""What runs on CUDA without Triton, where it differs."""
+"""What runs on CUDA without Triton, where it is not the reference."""
 
 WITH_TRITON = frozenset({*PASSES, "rms_norm", "swiglu", "bias_gelu", "dropout_residual"})
 """Kernels that have a Triton version."""
@@ -86,7 +84,7 @@ def choice(kernel: str, device: str) -> Choice:
     if device == "cuda" and kernel in WITH_TRITON and has_triton():
         return Choice(kernel, device, TRITON, "triton is installed")
     why = "triton is not installed" if kernel in WITH_TRITON else "there is no Triton version"
-    return Choice(kernel, device, ON_CUDA.get(kernel, CPU[kernel]) if device == "cuda" else REFERENCE, why)
+    return Choice(kernel, device, ON_CUDA.get(kernel, REFERENCE) if device == "cuda" else REFERENCE, why)
 
 
 def choices() -> list[Choice]:
