@@ -1,5 +1,6 @@
 """Worlds of Gloo ranks that start once per session, and are started again when a test has ended one."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _flights_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has flown another may use, and no test sees what was flown before."""
+    os.environ["WINDTUNNEL_FLIGHTS"] = str(tmp_path_factory.mktemp("flights"))
+
+
 @pytest.fixture(scope="session")
 def world_of(world: WorldOf) -> WorldOf:
     """`world_of(size)` is a living world of that size; ask again after a test that may have ended it."""
@@ -41,18 +48,20 @@ def four_ranks(world_of: WorldOf) -> World:
     return world_of(4)
 
 
-NEEDS_RANKS = ("engine.world import World", "pytest.mark.ranks", "windtunnel_verify", "world_of")
+NEEDS_MANY_RANKS = ("four_ranks", "world_of", "pytest.mark.ranks", "windtunnel_verify")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two processes may run the suite (pytest-xdist): one has all files that need ranks, and so the only pool."""
+    """Two processes may run the suite (pytest-xdist): one has all files that need more than two ranks, whose worlds
+    are dear. A world of two may be started in both.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class OnePool(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             text = (config.rootpath / file).read_text()
-            return "ranks" if any(word in text for word in NEEDS_RANKS) else file
+            return "ranks" if any(word in text for word in NEEDS_MANY_RANKS) else file
 
     return OnePool(config, log)
