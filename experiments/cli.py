@@ -81,6 +81,7 @@ def simulate(
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    fusion: Annotated[str, typer.Option(help="none, or elementwise: chains of such kernels as one.")] = "none",
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON.", show_default=False)] = None,
     perfetto: Annotated[Path | None, typer.Option(help="Write a timeline here.", show_default=False)] = None,
@@ -96,7 +97,7 @@ def simulate(
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
-        "precision": precision, "fidelity": fidelity,
+        "precision": precision, "fidelity": fidelity, "fusion": fusion,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")

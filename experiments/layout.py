@@ -11,6 +11,7 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
 from .models import ModelSpec
@@ -62,6 +63,7 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    fusion: str = "none"
     clip: float = 0.0
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
@@ -96,6 +98,7 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    fusion: str
     clip: float
     engine: str
 
@@ -139,6 +142,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        fusion=options.fusion,
         clip=options.clip,
         engine=options.engine,
     )
@@ -156,6 +160,7 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),

@@ -4,7 +4,10 @@ processor   a GPU or a CPU share: peaks, achievable shares of them, measured tab
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
 host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
 transfers   copies and work of the host as simpy processes
-kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
+kernel      seconds of one kernel: roofline, or what was measured
+gemm        seconds of a matrix product: tiles, waves, splits, traffic
+attention   seconds of fused attention: mask, length of the sequence, blocks
+fusion      chains of element-wise kernels as the one kernel that a fusing compiler makes of them
 network     seconds and bytes of a collective: closed form, or every message
 topology    the network as links: which ones a message takes, and how late it is
 flows       max-min fair rates of flows that share links
