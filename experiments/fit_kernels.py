@@ -10,12 +10,11 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from math import exp, log, prod
 from pathlib import Path
-from statistics import fmean
-
-import numpy as np
+from statistics import fmean, pvariance
 
 from ..collectives.trace import Kernel
 from ..sim.attention import BACKWARD, FLASH, FlashCurve, attention_seconds
@@ -199,48 +198,64 @@ def mean_error(rows: Iterable[Measured], processor: Processor, by: Price = price
 
 def loss(rows: Sequence[Measured], processor: Processor, by: Price = price) -> float:
     """Mean square of log(priced / measured), every source with the same weight."""
-    return fmean(
-        fmean(log(by(row, processor) / row.seconds) ** 2 for row in rows if row.source == source)
-        for source in {row.source for row in rows}
-    )
+    squares: dict[str, list[float]] = {}
+    for row in rows:
+        squares.setdefault(row.source, []).append(log(by(row, processor) / row.seconds) ** 2)
+    return fmean(fmean(some) for some in squares.values())
 
 
 # Fits #
 
-SHARES = tuple(round(share, 3) for share in np.arange(0.1, 1.0, 0.002))
-STARTS_S = tuple(round(start, 8) for start in np.arange(0, 6e-6, 1e-7))
+LONG_S = 1e-3
+"""Only products of a millisecond or more tell the share of the peak. Shorter ones are timed at clocks that a GPU does
+not keep through a step: an A100 goes from 1,410 to about 1,200 MHz at its power limit (liangan1/GPU_travel)."""
+
+STARTS_S = tuple(round(half * 5e-7, 7) for half in range(13))
 
 
 def fit_matmul(rows: Sequence[Measured], processor: Processor, cost: float = SMALL_TILE_COST) -> Processor:
-    """With the shares of the peak and the start that price matrix products best.
-
-    The start is of 16-bit and 8-bit products; where no row is shorter than 100 us, nothing tells it.
-    """
+    """With the shares of the peak that price long products best, and the start that prices shapes best."""
 
     def by(row: Measured, one: Processor) -> float:
         return matmul_seconds(row.kernels[0], one.peak_flops[row.dtype], one, cost)
 
-    starts = STARTS_S[::5] if min(row.seconds for row in rows) < 1e-4 else (0.0,)
-    dtypes = sorted({row.dtype for row in rows})
+    def fitted(start_s: float) -> Processor:
+        found = replace(processor, matmul_start_s=start_s)
+        for dtypes, with_share in _SHARES.items():
+            mine = [row for row in rows if row.dtype in dtypes]
+            long = [row for row in mine if row.seconds >= LONG_S]
+            if mine:
+                found = with_share(found, _best_share(long or mine, partial(with_share, found), by))
+        return found
 
-    def shares(start_s: float) -> dict[str, float]:
-        started = replace(processor, matmul_start_s=start_s)
-        return {d: _best_share([row for row in rows if row.dtype == d], _sharing(started, d), by) for d in dtypes}
-
-    found = [_with_shares(replace(processor, matmul_start_s=start_s), shares(start_s)) for start_s in starts]
-    return min(found, key=lambda one: loss(rows, one, by))
-
-
-def _sharing(processor: Processor, dtype: str) -> Callable[[float], Processor]:
-    return lambda share: replace(processor, matmul_efficiencies={**processor.matmul_efficiencies, dtype: share})
+    tells_start = min(row.seconds for row in rows) < SHORT_S
+    return min(
+        map(fitted, STARTS_S if tells_start else (processor.matmul_start_s,)),
+        key=lambda one: shape_loss(rows, one, by),
+    )
 
 
-def _with_shares(processor: Processor, shares: dict[str, float]) -> Processor:
-    """The share of 16 bits is the processor's; others by data type."""
-    both = [shares[dtype] for dtype in ("bf16", "fp16") if dtype in shares]
-    rest = {dtype: share for dtype, share in shares.items() if dtype not in ("bf16", "fp16")}
-    share = round(fmean(both), 3) if both else processor.matmul_efficiency
-    return replace(processor, matmul_efficiency=share, matmul_efficiencies=rest)
+SHORT_S = 2e-5
+"""Products that all take longer do not tell the start."""
+
+
+def shape_loss(rows: Sequence[Measured], processor: Processor, by: Price) -> float:
+    """Variance of log(priced / measured) within a source and data type, in the mean: clocks are a source's own."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        ratios.setdefault((row.source, row.dtype), []).append(log(by(row, processor) / row.seconds))
+    return fmean(pvariance(some) for some in ratios.values())
+
+
+def _share_of(dtype: str) -> Callable[[Processor, float], Processor]:
+    return lambda one, share: replace(one, matmul_efficiencies={**one.matmul_efficiencies, dtype: share})
+
+
+_SHARES: dict[tuple[str, ...], Callable[[Processor, float], Processor]] = {
+    ("bf16", "fp16"): lambda one, share: replace(one, matmul_efficiency=share),
+    **{(dtype,): _share_of(dtype) for dtype in ("fp8", "tf32", "fp32")},
+}
+"""Data types with a share of the peak in common, and a processor with that share."""
 
 
 def _best_share(rows: Sequence[Measured], with_share: Callable[[float], Processor], by: Price) -> float:
@@ -332,9 +347,13 @@ def fit_small_tile_cost(rows: Sequence[Measured]) -> float:
         def by(row: Measured, one: Processor) -> float:
             return matmul_seconds(row.kernels[0], one.peak_flops[row.dtype], one, cost)
 
-        return fmean(loss(_of(rows, gpu), fit_matmul(_of(rows, gpu), _sourced(gpu), cost), by) for gpu in _gpus(rows))
+        return fmean(
+            shape_loss(mine, fit_matmul(mine, _sourced(gpu), cost), by)
+            for gpu in _gpus(rows)
+            if fits(mine := _of(rows, gpu))
+        )
 
-    return min((0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), key=total)
+    return min((0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3), key=total)
 
 
 def _gpus(rows: Iterable[Measured]) -> tuple[str, ...]:
@@ -346,19 +365,16 @@ def _of(rows: Iterable[Measured], gpu: str, *kinds: str) -> list[Measured]:
 
 
 FITS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Measured], Processor], Processor], tuple[str, ...]]] = {
+    "stream": ((STREAM,), fit_stream, ("memory_efficiency", "kernel_floor_s", "cache_bytes", "cache_bytes_per_s")),
     "matmul": ((MATMUL,), fit_matmul, ("matmul_efficiency", "matmul_efficiencies", "matmul_start_s")),
-    "stream": (
-        (STREAM,),
-        fit_stream,
-        ("memory_efficiency", "kernel_floor_s", "cache_bytes", "cache_bytes_per_s"),
-    ),
     "attention": (
         (FLASH_FORWARD, FLASH_BACKWARD),
         fit_attention,
         ("attention_efficiency", "attention_backward_efficiency"),
     ),
 }
-"""What is fitted together: kinds of rows, how, and the figures of a Processor that it gives."""
+"""What is fitted together: kinds of rows, how, and the figures of a Processor that it gives. Streams come first: the
+others need bandwidths."""
 
 
 def _sourced(gpu: str) -> Processor:
@@ -368,15 +384,19 @@ def _sourced(gpu: str) -> Processor:
     return replace(processor, sources={**dict.fromkeys(figures, "fitted"), **processor.sources})
 
 
-def fit(rows: Sequence[Measured], gpu: str, names: Iterable[str] = FITS) -> Processor:
-    """The catalogue's processor with all figures that the rows tell, streams first: the others need bandwidths."""
+def fit(rows: Sequence[Measured], gpu: str) -> Processor:
+    """The catalogue's processor with all figures that the rows tell."""
     processor = _sourced(gpu)
-    for name in sorted(names, key=("stream", "matmul", "attention").index):
-        kinds, how, _ = FITS[name]
+    for kinds, how, _ in FITS.values():
         mine = _of(rows, gpu, *kinds)
-        if mine:
+        if fits(mine):
             processor = how(mine, processor)
     return processor
+
+
+def fits(rows: Sequence[Measured]) -> bool:
+    """Whether rows of one fit tell its figures."""
+    return any(row.kind != MATMUL or row.seconds >= LONG_S for row in rows)
 
 
 def left_out_errors(rows: Sequence[Measured], gpu: str, name: str) -> dict[str, float]:
@@ -387,7 +407,8 @@ def left_out_errors(rows: Sequence[Measured], gpu: str, name: str) -> dict[str, 
     for source in dict.fromkeys(row.source for row in mine):
         others = [row for row in mine if row.source != source]
         left_out = [row for row in mine if row.source == source]
-        if others and {row.dtype for row in left_out} & {row.dtype for row in others}:
+        told = {row.dtype for row in others}
+        if fits(others) and all(row.kind == STREAM or row.dtype in told for row in left_out):
             errors[source] = mean_error(left_out, how(others, _sourced(gpu)))
     return errors
 
@@ -422,8 +443,8 @@ def _errors(rows: Sequence[Measured]) -> Iterable[tuple[str, ...]]:
         mine, processor = _of(rows, gpu, kind), load_processor(gpu)
         if not mine:
             continue
-        fits = [name for name, (kinds, _, _) in FITS.items() if kind in kinds]
-        left_out = left_out_errors(rows, gpu, fits[0]) if fits else {}
+        fitted = [name for name, (kinds, _, _) in FITS.items() if kind in kinds]
+        left_out = left_out_errors(rows, gpu, fitted[0]) if fitted else {}
         worst = max(mine, key=lambda row: abs(log(price(row, processor) / row.seconds)))
         yield (
             gpu,

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..reading import nearest
 from ..sim.hardware import Cluster, Processor, cluster_names, load_cluster, load_processor, processor_names
+from ..sim.processor import MEASURED
 from .models import load_model, model_names
 from .tables import entry_table, table
 
@@ -75,7 +76,7 @@ def list_hardware(name: str | None) -> Listing:
 
 def _processor(processor: Processor) -> dict[str, Any]:
     entry = asdict(processor)
-    return {key: value for key, value in entry.items() if key not in MEASURED_TABLES or value}
+    return {key: value for key, value in entry.items() if key not in MEASURED or value != MEASURED[key]}
 
 
 def _cluster(cluster: Cluster) -> dict[str, Any]:

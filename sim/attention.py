@@ -34,7 +34,7 @@ class FlashCurve:
     backward_share: float
 
 
-FLASH = FlashCurve(forward_half_tokens=64.0, backward_half_tokens=224.0, backward_share=0.93)
+FLASH = FlashCurve(forward_half_tokens=64.0, backward_half_tokens=192.0, backward_share=0.98)
 """Fitted to the measurements of all GPUs (experiments/fit_kernels.py)."""
 
 BACKWARD = "attention_backward"

@@ -16,9 +16,9 @@ from .processor import Processor
 SMALLER_TILES = ((128, 256), (128, 128), (64, 256), (64, 128), (64, 64), (32, 128), (16, 128))
 """Output tiles, either way round, that a matrix product may fall back to where the largest leaves processors idle."""
 
-SMALL_TILE_COST = 0.25
+SMALL_TILE_COST = 0.06
 """What loading operands more often costs: a tile that loads r times the bytes per FLOP of the processor's own tile
-takes 1 + 0.25 (r - 1) times as long. Fitted to the products of all GPUs (experiments/fit_kernels.py)."""
+takes 1 + 0.06 (r - 1) times as long. Fitted to the products of all GPUs (experiments/fit_kernels.py)."""
 
 SPLITS = (1, 2, 4, 8, 16)
 """Into how many parts the inner dimension may be cut."""

@@ -35,7 +35,7 @@ def rows(gpu: str, *kinds: str) -> tuple[Measured, ...]:
 
 def test_every_row_of_a_gpu_of_the_catalogue_is_read() -> None:
     found = measurements()
-    assert len(found) == 271 + 29
+    assert len(found) == 276 + 34
     assert {row.kind for row in found} == {MATMUL, STREAM, FLASH_FORWARD, FLASH_BACKWARD, PLAIN}
     assert all(row.seconds > 0 for row in found)
 
