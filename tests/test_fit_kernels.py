@@ -61,19 +61,18 @@ def test_causal_attention_is_published_by_half_of_its_pairs() -> None:
 @pytest.mark.parametrize(
     ("gpu", "kind", "most"),
     [
-        ("a100-80gb", MATMUL, 0.06),
-        ("a100-80gb", STREAM, 0.06),
-        ("a100-80gb", FLASH_FORWARD, 0.08),
-        ("a100-80gb", PLAIN, 0.12),
+        ("a100-80gb", MATMUL, 0.065),
+        ("a100-80gb", STREAM, 0.04),
+        ("a100-80gb", FLASH_FORWARD, 0.035),
+        ("a100-80gb", PLAIN, 0.1),
         ("h100-sxm", MATMUL, 0.10),
-        ("h100-sxm", FLASH_FORWARD, 0.08),
+        ("h100-sxm", FLASH_FORWARD, 0.075),
         ("h100-sxm", PLAIN, 0.2),
-        ("h100-pcie", MATMUL, 0.06),
-        ("v100-16gb", MATMUL, 0.08),
-        ("v100-32gb", MATMUL, 0.08),
-        ("h200", STREAM, 0.15),
-        ("b200", FLASH_FORWARD, 0.08),
-        ("b200", FLASH_BACKWARD, 0.05),
+        ("h100-pcie", MATMUL, 0.07),
+        ("v100-16gb", MATMUL, 0.055),
+        ("h200", STREAM, 0.06),
+        ("b200", FLASH_FORWARD, 0.075),
+        ("b200", FLASH_BACKWARD, 0.01),
     ],
 )
 def test_one_profile_prices_all_kernels_of_a_kind(gpu: str, kind: str, most: float) -> None:
@@ -93,16 +92,34 @@ def test_the_catalogue_holds_what_is_fitted(gpu: str) -> None:
     for kinds, _, names in FITS.values():
         if any(row.kind in kinds for row in mine):
             for name in names:
-                assert getattr(given_, name) == pytest.approx(getattr(fitted, name), rel=0.01), name
+                told, found = getattr(given_, name), getattr(fitted, name)
+                assert told == (found if found is None else pytest.approx(found, rel=0.01)), name
 
 
 @pytest.mark.parametrize(
-    ("gpu", "name", "most"), [("a100-80gb", "matmul", 0.12), ("h100-sxm", "matmul", 0.2), ("a100-80gb", "stream", 0.2)]
+    ("gpu", "name", "sources", "most"),
+    [
+        ("a100-80gb", "matmul", 1, 0.065),
+        ("h100-sxm", "matmul", 4, 0.165),
+        ("v100-16gb", "matmul", 1, 0.095),
+        ("a100-80gb", "stream", 3, 0.065),
+        ("a100-80gb", "attention", 2, 0.045),
+        ("h100-sxm", "attention", 3, 0.125),
+    ],
 )
-def test_a_source_that_the_profile_was_not_fitted_to(gpu: str, name: str, most: float) -> None:
+def test_a_source_that_the_profile_was_not_fitted_to(gpu: str, name: str, sources: int, most: float) -> None:
     errors = left_out_errors(rows(gpu), gpu, name)
-    assert len(errors) >= 2
+    assert len(errors) == sources
     assert max(errors.values()) <= most
+
+
+@pytest.mark.parametrize(
+    ("like", "gpu"), [("a100-80gb", "a100-40gb"), ("v100-16gb", "v100-32gb"), ("h100-sxm", "h200")]
+)
+def test_what_is_of_the_chip_does_not_depend_on_its_memory(like: str, gpu: str) -> None:
+    names = ("matmul_efficiency", "matmul_efficiencies", "matmul_start_s", "cache_bytes", "cache_bytes_per_s")
+    one, other = load_processor(like), load_processor(gpu)
+    assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
 
 
 @settings(max_examples=5)

@@ -1,7 +1,7 @@
 """Chains of element-wise kernels priced as one: what is joined, which bytes are saved, what a step then takes."""
 
 import pytest
-from hand_made import CLUSTER, gather, steps, wait
+from hand_made import CLUSTER, gather, two_steps, wait
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.trace import Alloc, Free, Kernel, Op, Ref, Segment, Synchronize
@@ -102,7 +102,7 @@ def test_a_replay_prices_the_chain_and_waits_find_their_collective() -> None:
         Alloc(3, "temporary"), pointwise("silu", 3, 3, 3), Alloc(1, "temporary"), pointwise("mul", 3, 1, 3), freed(0),
         gather(4), wait(5),
     )  # fmt: skip
-    made = steps([("forward", forward, 1)])
+    made = two_steps([("forward", forward, 1)])
     plain, fused = (replay(made, CLUSTER, fusion=fusion) for fusion in ("none", "elementwise"))
     assert plain.breakdown_s["compute"] == pytest.approx(10)
     assert fused.breakdown_s["compute"] == pytest.approx(4)

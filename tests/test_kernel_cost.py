@@ -37,14 +37,13 @@ def memory(nbytes: int, name: str = "add", dtype: str = "fp32") -> Kernel:
     return Kernel(name, "memory", 0.0, nbytes - nbytes // 3, nbytes // 3, dtype, (nbytes,))
 
 
-def whole(batch: int, m: int, n: int, k: int, tile: tuple[int, int]) -> float:
-    """FLOPs at full rate on 108 multiprocessors, the inner dimension not split."""
-    return dict(tiled_flops(batch, m, n, k, 108, tile))[1]
+def whole(batch: int, m: int, n: int, k: int, tile: tuple[int, int], cost: float = 100.0) -> float:
+    """FLOPs at full rate on 108 multiprocessors, the inner dimension not split; by default small tiles do not pay."""
+    return dict(tiled_flops(batch, m, n, k, 108, tile, cost))[1]
 
 
 def test_a_tile_more_costs_a_wave() -> None:
-    # One size of tile, 64 x 64, but for slim ones of six times the loads: 12 x 9 tiles fill a wave, a row more starts
-    # a second.
+    # One size of tile, 64 x 64: 12 x 9 tiles fill a wave, a row more starts a second.
     k = 65536
     wave = 2 * 64 * 64 * k * 108
     assert whole(1, 12 * 64, 9 * 64, k, (64, 64)) == wave
@@ -56,8 +55,8 @@ def test_smaller_tiles_fill_a_wave_that_would_be_idle() -> None:
     # a quarter as long but for a tile that loads twice the bytes per FLOP. Other tiles are slower.
     k = 65536
     wave = 2 * 128 * 256 * k * 108
-    assert whole(1, 12 * 128, 9 * 256, k, (128, 256)) == wave
-    assert whole(1, 12 * 128 + 1, 9 * 256, k, (128, 256)) == pytest.approx(wave * 5 / 4 * (1 + SMALL_TILE_COST))
+    assert whole(1, 12 * 128, 9 * 256, k, (128, 256), cost=0.25) == wave
+    assert whole(1, 12 * 128 + 1, 9 * 256, k, (128, 256), cost=0.25) == pytest.approx(wave * 5 / 4 * (1 + 0.25))
 
 
 def test_the_products_of_a_batch_share_waves() -> None:
@@ -66,7 +65,7 @@ def test_the_products_of_a_batch_share_waves() -> None:
 
 def test_a_long_inner_dimension_is_split_among_idle_multiprocessors() -> None:
     # Four tiles leave 104 of 108 idle. In 16 parts each the work is 1/16, and the parts are written and read in fp32.
-    flops = dict(tiled_flops(1, 256, 512, 16384, 108, (128, 256)))
+    flops = dict(tiled_flops(1, 256, 512, 16384, 108, (128, 256), 100.0))
     assert flops[16] == pytest.approx(flops[1] / 16)
     assert partial_bytes(256 * 512, 16) == 2 * 16 * 256 * 512 * 4
     assert partial_bytes(256 * 512, 1) == 0
@@ -85,7 +84,7 @@ def test_no_split_and_no_tile_saves_work(sizes: tuple[int, int, int], batch: int
 
 def test_arithmetic_and_traffic_overlap_in_part() -> None:
     kernel = matmul(12 * 128, 9 * 256, 96)  # too short to be split
-    arithmetic_s = whole(1, 12 * 128, 9 * 256, 96, (128, 256)) / (312e12 * A100.matmul_share("fp16"))
+    arithmetic_s = whole(1, 12 * 128, 9 * 256, 96, (128, 256), SMALL_TILE_COST) / (312e12 * A100.matmul_share("fp16"))
     traffic_s = (kernel.read_bytes + kernel.write_bytes) / (2.039e12 * A100.memory_efficiency)
     started_s = A100.kernel_floor_s + A100.matmul_start_s
     assert kernel_seconds(kernel, A100) == pytest.approx(started_s + math.hypot(arithmetic_s, traffic_s))
@@ -98,10 +97,11 @@ def test_a_skinny_product_waits_for_memory() -> None:
 
 
 def test_types_may_reach_shares_of_their_own() -> None:
-    slow = replace(A100, matmul_efficiencies={"tf32": 0.41})
+    sources = {**A100.sources, "matmul_efficiencies": "a test"}
+    slow = replace(A100, matmul_efficiencies={"tf32": 0.41}, sources=sources)
     assert (slow.matmul_share("tf32"), slow.matmul_share("bf16")) == (0.41, A100.matmul_efficiency)
     kernel = matmul(8192, 8192, 8192, dtype="tf32")
-    at_full = replace(A100, matmul_efficiencies={"tf32": 0.82})
+    at_full = replace(slow, matmul_efficiencies={"tf32": 0.82})
     assert kernel_seconds(kernel, slow) == pytest.approx(2 * kernel_seconds(kernel, at_full), rel=0.01)
 
 
@@ -170,8 +170,9 @@ def test_attention_of_few_blocks_leaves_multiprocessors_idle() -> None:
 
 def test_attention_backward_has_a_share_of_its_own_or_that_of_the_algorithm() -> None:
     kernel = attention(32, 1 << 17, 1 << 17, False, "attention_backward")
-    measured = replace(A100, attention_backward_efficiency=0.3)
-    untold = replace(A100, attention_backward_efficiency=None)
+    sources = {**A100.sources, "attention_backward_efficiency": "a test"}
+    measured = replace(A100, attention_backward_efficiency=0.3, sources=sources)
+    untold = replace(measured, attention_backward_efficiency=None)
     assert kernel.flops / kernel_seconds(kernel, measured) / 312e12 == pytest.approx(0.3, rel=0.01)
     share = A100.attention_efficiency * FLASH.backward_share
     assert kernel.flops / kernel_seconds(kernel, untold) / 312e12 == pytest.approx(share, rel=0.01)
