@@ -112,7 +112,8 @@ def _collected_row(row: dict[str, str]) -> Measured:
     kind, dtype, value = row["kind"], row["dtype"], float(row["value"])
     match kind:
         case "matmul":
-            kernel = matmul(*shape, dtype)
+            batch, m, n, k = shape
+            kernel = matmul(batch, m, n, k, dtype)
         case "stream":
             kernel = stream(shape[0], dtype)
         case _:
