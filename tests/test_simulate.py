@@ -60,6 +60,9 @@ def test_catalogue_models_fly_under_zero_3(model: str, gpus: int) -> None:
     result = simulate(spec, UNROUNDED, gpus=gpus, zero=3, recompute="full")
     assert 0 < result.mfu < 1
     assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s)
+    [data] = result.communication_s.values()
+    assert data["exposed_s"] == pytest.approx(result.breakdown_s["exposed_communication"])
+    assert data["hidden_s"] >= 0
     # 16 bytes per parameter in bf16 with fp32 masters and moments, a share of each. Padding is below one element per
     # unit and rank; blocks of more than 5e8 parameters are several units, of a matrix at least but for the first.
     units = 6 * (spec.layers + 1)
