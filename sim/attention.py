@@ -6,7 +6,7 @@ little to go through between a block's beginning and its end, and few blocks lea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..collectives.trace import Kernel
 from .processor import Processor
@@ -55,6 +55,20 @@ def attention_seconds(kernel: Kernel, peak_flops: float, processor: Processor, c
     blocks = batch * heads * math.ceil(queries / BLOCK)
     idle = max(1.0, processor.multiprocessors / blocks)
     return kernel.flops * visible * padded * idle / rate
+
+
+FIRST_SHARE = 0.5
+"""Rate of FlashAttention over that of FlashAttention-2 (Dao 2023, abstract: around twice as fast), since July 2023."""
+
+
+def with_first_flash_attention(processor: Processor) -> Processor:
+    """The processor with FlashAttention as it was before FlashAttention-2, for what ran then."""
+    backward = processor.attention_backward_efficiency
+    return replace(
+        processor,
+        attention_efficiency=processor.attention_efficiency * FIRST_SHARE,
+        attention_backward_efficiency=None if backward is None else backward * FIRST_SHARE,
+    )
 
 
 def visible_share(queries: int, keys: int) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.trace import Kernel
-from windtunnel.sim.attention import FLASH, visible_share
+from windtunnel.sim.attention import FLASH, visible_share, with_first_flash_attention
 from windtunnel.sim.gemm import SHORTEST_PART, SMALL_TILE_COST, partial_bytes, tiled_flops
 from windtunnel.sim.hardware import KernelCurve, MatmulPoint, Processor, load_processor, processor_names
 from windtunnel.sim.kernel import KernelCost, kernel_seconds
@@ -176,6 +176,17 @@ def test_attention_backward_has_a_share_of_its_own_or_that_of_the_algorithm() ->
     assert kernel.flops / kernel_seconds(kernel, measured) / 312e12 == pytest.approx(0.3, rel=0.01)
     share = A100.attention_efficiency * FLASH.backward_share
     assert kernel.flops / kernel_seconds(kernel, untold) / 312e12 == pytest.approx(share, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["a100-80gb", "h100-sxm"])
+@pytest.mark.parametrize("name", ["attention", "attention_backward"])
+def test_the_first_flash_attention_takes_twice_as_long(gpu: str, name: str) -> None:
+    processor, kernel = load_processor(gpu), attention(32, 8192, 8192, True, name)
+    now, then = (
+        kernel_seconds(kernel, one) - processor.kernel_floor_s
+        for one in (processor, with_first_flash_attention(processor))
+    )
+    assert then == pytest.approx(2 * now)
 
 
 @given(
