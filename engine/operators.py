@@ -26,6 +26,9 @@ ATTENTION = frozenset(
 )
 """Forward of fused attention: ours on `sim`, torch's elsewhere. Query and key come first."""
 
+OURS = {"attention": 4, "attention_backward": 6}
+"""Attention on `sim`, and which of its arguments says whether it is causal."""
+
 # Operators that read of their first operand only as much as they write.
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
 
@@ -63,7 +66,8 @@ def describe(
         read, written = read + more_read, written + more_written
     family, flops, shape = _arithmetic(name, arguments, results)
     first = next((t for t in operands if t.is_floating_point()), (list(operands) + list(results))[0])
-    return Kernel(name, family, flops, read, written, DTYPE_NAMES.get(first.dtype, str(first.dtype)), shape)
+    dtype = DTYPE_NAMES.get(first.dtype, str(first.dtype))
+    return Kernel(name, family, flops, read, written, dtype, shape, name in OURS and bool(arguments[OURS[name]]))
 
 
 def flops_of(function: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> float:

@@ -11,6 +11,7 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
 from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
@@ -64,6 +65,7 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    fusion: str = "none"
     clip: float = 0.0
     slow_ranks: float = 0.0
     slow_factor: float = 1.0
@@ -102,6 +104,7 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    fusion: str
     clip: float
     slow_ranks: float
     slow_factor: float
@@ -148,6 +151,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        fusion=options.fusion,
         clip=options.clip,
         slow_ranks=options.slow_ranks,
         slow_factor=options.slow_factor,
@@ -184,6 +188,7 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),

@@ -67,6 +67,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        fusion=layout.fusion,
         since=began,
     )
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))

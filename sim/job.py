@@ -13,8 +13,8 @@ from ..collectives.trace import Trace
 from .hardware import Cluster
 from .pipeline import PipelineStep
 from .pipeline_timeline import StageRecord, rank_memory_track, step_timeline, updates
-from .recording import MemoryTrack
 from .rank_classes import RankKinds, as_job, rank_kinds, seen_by
+from .recording import MemoryTrack
 from .replay import replay
 from .result import StepResult, price
 from .stages import Stage, compose_stages, link_seconds, price_pipeline, price_stage
