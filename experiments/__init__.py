@@ -25,6 +25,7 @@ train        a whole training loop as an example
 progress     throughput, predicted finish, and a bar
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
+fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture

@@ -83,6 +83,7 @@ def simulate(
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    fusion: Annotated[str, typer.Option(help="none, or elementwise: chains of such kernels as one.")] = "none",
     slow_ranks: Annotated[
         float, typer.Option(help="Slow ranks, drawn at random: below 1 a share of all, else how many.")
     ] = 0.0,
@@ -126,8 +127,8 @@ def simulate(
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
-        "precision": precision, "fidelity": fidelity, "slow_ranks": slow_ranks, "slow_factor": slow_factor,
-        "slow_seed": slow_seed,
+        "precision": precision, "fidelity": fidelity, "fusion": fusion, "slow_ranks": slow_ranks,
+        "slow_factor": slow_factor, "slow_seed": slow_seed,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")

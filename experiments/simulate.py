@@ -19,6 +19,7 @@ from .layout import (
     OFFLOAD_KEYS,
     Layout,
     Options,
+    as_slowest_sees,
     computes_in,
     counts_blocks,
     engine_config,
@@ -66,6 +67,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        fusion=layout.fusion,
         since=began,
     )
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
@@ -142,8 +144,9 @@ def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult)
 
 
 def timeline_of(what: Job, cluster: str | Cluster, fidelity: str) -> str:
-    """A job as a Perfetto file."""
+    """A job as a Perfetto file; where its ranks differ, as it would be if all were as slow as the slowest."""
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    machine = as_slowest_sees(Layout(**what.layout), machine)
     return to_json(record_job(what, machine, fidelity=fidelity).timeline)
 
 

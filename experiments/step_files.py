@@ -13,6 +13,7 @@ from ..sim.job import JobRecord, record_job
 from ..sim.result import StepResult
 from ..sim.timeline import to_json
 from .files import write_whole
+from .layout import Layout, as_slowest_sees
 
 
 def write_step(
@@ -31,8 +32,9 @@ def write_step(
     """
     from .plots_step import plot_breakdown, plot_memory, plot_pipeline
 
-    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     last = results[-1]
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    machine = as_slowest_sees(Layout(**last.layout), machine)
     record = record_job(job, machine, fidelity=last.layout["fidelity"])
     answer = answers[0] if len(answers) == 1 else {"results": list(answers)}
     title = f"{last.layout['model']} on {last.layout['gpus']:,} GPUs of {last.layout['cluster']}"

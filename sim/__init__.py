@@ -10,7 +10,10 @@ rank_classes  ranks by kind, and the few classes of groups that they make
 uneven_pipeline  a step of a job whose pipelines differ: by themselves, and together in the update
 host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
 transfers   copies and work of the host as simpy processes
-kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
+kernel      seconds of one kernel: roofline, or what was measured
+gemm        seconds of a matrix product: tiles, waves, splits, traffic
+attention   seconds of fused attention: mask, length of the sequence, blocks
+fusion      chains of element-wise kernels as the one kernel that a fusing compiler makes of them
 network     seconds and bytes of a collective: closed form, or every message
 topology    the network as links: which ones a message takes, and how late it is
 flows       max-min fair rates of flows that share links

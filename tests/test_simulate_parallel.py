@@ -25,6 +25,8 @@ LOCAL_BYTES = DEMO.seq * DEMO.hidden * 2
 def step(spec: ModelSpec = DEMO, **options: Any) -> StepResult:
     result = simulate(spec, CLUSTER, **options)
     assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-12)
+    exposed_s = sum(parts["exposed_s"] for parts in result.communication_s.values())
+    assert exposed_s == pytest.approx(result.breakdown_s["exposed_communication"], rel=1e-9, abs=1e-12)
     peak = dict(result.peak_memory_bytes)
     assert sum(peak.pop(name) for name in list(peak)[:6]) == peak["total"]
     return result
