@@ -77,8 +77,9 @@ def test_schedules_differ_as_they_promise() -> None:
 
 
 @pytest.mark.parametrize("options", [{"gpus": 2}, {"gpus": 4, "pp": 2, "global_batch": 8}])
-def test_a_saved_job_remembers_who_is_slow(options: dict[str, Any]) -> None:
-    result = step(**options, slow_ranks=0.5, slow_factor=1.5)
+@pytest.mark.parametrize("how", [{"slow_ranks": 0.5, "slow_factor": 1.5}, {"fusion": "elementwise"}])
+def test_a_saved_job_remembers_how_it_is_priced(options: dict[str, Any], how: dict[str, Any]) -> None:
+    result = step(**options, **how)
     again = simulate_trace(loads(saved_trace(DEMO, result)), CLUSTER)
     assert replace(again, wall_s=0.0) == replace(result, wall_s=0.0)
     check(json.loads(timeline(DEMO, CLUSTER, result)))
