@@ -47,4 +47,8 @@ tables       results as tables in a terminal
 plots        results as pictures
 files        files that are whole or absent; CSV
 bench        runnable comparisons with peers, and their results
+step_files   what simulate --out writes of a step: numbers, pictures, a timeline, Chakra traces
+plots_step   pictures of one step: where time goes, memory, the ranks of a pipeline
+kineto       a PyTorch profiler's trace read as measured kernel times
+profiled     a hardware profile from such times, and measured beside predicted
 """

@@ -14,7 +14,7 @@ from ..reading import nearest, read_into
 from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
-from ..sim.rank_classes import RankKinds, rank_kinds
+from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
 from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
@@ -171,6 +171,11 @@ def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
     """
     stragglers = Stragglers(ranks=layout.slow_ranks, factor=layout.slow_factor, seed=layout.slow_seed)
     return rank_kinds(cluster, layout.gpus, stragglers)
+
+
+def as_slowest_sees(layout: Layout, cluster: Cluster) -> Cluster:
+    """The cluster as if all ranks of the job were as slow as its slowest; itself where they are alike."""
+    return seen_by(cluster, kinds_of(layout, cluster).kinds)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:

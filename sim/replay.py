@@ -42,6 +42,7 @@ class Replay:
         forward_flops: of matrix products, attention and convolutions in the forward pass.
         executed_flops: of the same in the whole step, attention's backward counted as twice its forward.
         spans: what ran when, if asked for; both steps, repeated phases as often as they were played.
+        phase_spans: when the compute stream was in which phase, likewise; a span for each time that it was played.
         events: how many simpy events it took.
     """
 
@@ -54,6 +55,7 @@ class Replay:
     forward_flops: float
     executed_flops: float
     spans: tuple[Span, ...]
+    phase_spans: tuple[Span, ...]
     events: int
 
 
@@ -84,6 +86,7 @@ def replay(
         forward_flops=flops(trace, forward_only=True),
         executed_flops=flops(trace, forward_only=False),
         spans=spans,
+        phase_spans=tuple(rank.phase_spans),
         events=rank.env.steps,
     )
 
@@ -132,6 +135,7 @@ class _Rank:
         self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
         self.phases_s: list[tuple[Phase, Mark]] = []
+        self.record, self.phase_spans = record, list[Span]()
         self._skipped: Mark = defaultdict(float)
         self._runs: Counter[tuple[str, int]] = Counter()
         self._started: dict[tuple[str, int, int, int], tuple[Event, str | None]] = {}
@@ -197,12 +201,19 @@ class _Rank:
             for call in phase.calls:
                 yield from self._host_call(call)
             self.compute.mark(lambda: ends.append(self._clock()))
+            if self.record:
+                self.compute.mark(partial(self._record_phase, phase.name))
         self.compute.mark(lambda: self.phases_s.append((phase, _between(*ends[-2:]))))
         left = phase.repeat - MOST_PLAYED
         if left > 0:
             self.compute.mark(lambda: self._skip(ends, left))
         if phase.every > 1:
             self.compute.mark(lambda: self._skip([ends[0], self._clock()], 1 / phase.every - 1))
+
+    def _record_phase(self, name: str) -> None:
+        """Phases follow each other on the compute stream without gaps."""
+        began_s = self.phase_spans[-1].end_s if self.phase_spans else 0.0
+        self.phase_spans.append(Span("phases", name, began_s, self.env.now))
 
     def _skip(self, ends: list[Mark], times: float) -> None:
         """Charge what came to pass between the last two ends so many times more."""

@@ -174,11 +174,11 @@ class ComputeStream:
         yield from self.interference.work("compute", run.seconds)
         self.busy.host += idle
         self.busy.compute += self.env.now - began - idle
-        if self.spans is not None and run.seconds > 0:
+        if self.spans is not None:
             self._record(run, began + idle)
 
     def _record(self, run: Run, began: float) -> None:
-        stretch = (self.env.now - began) / run.seconds
+        stretch = (self.env.now - began) / run.seconds if run.seconds > 0 else 1.0
         at = began
         assert self.spans is not None
         for name, seconds in run.kernels:

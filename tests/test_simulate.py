@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from windtunnel.collectives.job_file import loads
 from windtunnel.collectives.trace import walk
-from windtunnel.collectives.trace_file import loads
 from windtunnel.engine import pilot
 from windtunnel.experiments.layout import Layout, Options, resolve
 from windtunnel.experiments.models import load_model
-from windtunnel.experiments.simulate import flight, saved_trace, scaling, simulate, timeline, to_dict
+from windtunnel.experiments.simulate import (
+    flight,
+    saved_trace,
+    scaling,
+    simulate,
+    simulate_trace,
+    timeline,
+    to_dict,
+)
 from windtunnel.sim.hardware import load_cluster
 from windtunnel.sim.result import StepResult
 
@@ -207,9 +215,13 @@ def test_v100_computes_in_fp16() -> None:
 
 def test_files_of_a_result() -> None:
     result = simulate(DEMO, "dgx-a100", gpus=8, zero=3)
-    trace = loads(saved_trace(DEMO, result))
+    job = loads(saved_trace(DEMO, result))
+    (trace,) = job.traces
     assert trace == flight(DEMO, Layout(**result.layout))
     assert trace.blocks == DEMO.layers
+    again = simulate_trace(job, "dgx-a100")
+    assert same_step(again, result)
+    assert simulate_trace(job, "dgx-h100").step_time_s < result.step_time_s
     spans = [e for e in json.loads(timeline(DEMO, "dgx-a100", result))["traceEvents"] if e["ph"] == "X"]
     assert {span["name"] for span in spans} > {"all_gather parameters", "reduce_scatter gradients", "addmm"}
 
