@@ -124,11 +124,6 @@ def share_layers(
     randomness = Randomness(device, seed, samples, group.rank, drawn=draws(model), shared=shares)
     if not shares:
         return randomness
-    if groups.axis("pipeline").world > 1 and parallelism.sequence_parallel and randomness.drawn:
-        raise ValueError(
-            "dropout with parallel.sequence_parallel in pipeline stages, of which only the first one begins to draw"
-            " apart; allowed: two of the three"
-        )
     plan, planned = plan_for(model, parallelism)
     check_optimizer(optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
     with torch.no_grad():

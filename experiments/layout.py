@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
 
-RECOMPUTE = ("none", "selective", "full", "budget")
+RECOMPUTE = ("none", "selective", "attention", "full", "budget")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 SAID_BY_OPTIONS = (
@@ -63,6 +63,8 @@ class Options:
     precision: str | None = None
     fidelity: str = "closed_form"
     clip: float = 0.0
+    attention: str | None = None
+    overlap: bool = True
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
 
@@ -71,7 +73,8 @@ class Options:
 class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
-    Experts are spread over `ep` of the dp ranks.
+    Experts are spread over `ep` of the dp ranks. `attention` is the model's `attention_kernel`; without `overlap`
+    gradients are reduced when backward has ended, and parameters are gathered before the next forward begins.
     """
 
     model: str
@@ -97,6 +100,8 @@ class Layout:
     precision: str
     fidelity: str
     clip: float
+    attention: str
+    overlap: bool
     engine: str
 
 
@@ -140,8 +145,14 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
         clip=options.clip,
+        attention=options.attention or model.attention_kernel,
+        overlap=options.overlap,
         engine=options.engine,
     )
+    if layout.cp > 1 and layout.attention == "plain":
+        refuse("attention", "plain", "fused where ranks share sequences (cp > 1)")
+    if not layout.overlap and layout.zero > 1:
+        refuse("overlap", "false", f"with zero = 0 or 1; zero = {layout.zero} shards what arrives during backward")
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
 
@@ -160,6 +171,7 @@ def _check(options: Options) -> None:
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),
         "offload_to": ("host", "nvme"),
+        "attention": ("fused", "plain", None),
     }
     for name, allowed in choices.items():
         value = getattr(options, name)
@@ -360,8 +372,8 @@ def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def with_positions(spec: ModelSpec, layout: Layout) -> ModelSpec:
-    """The model with positions for the layout's sequences, where it computes them."""
-    return replace(spec, seq=max(spec.seq, layout.seq))
+    """The model with positions for the layout's sequences, where it computes them, and the layout's attention."""
+    return replace(spec, seq=max(spec.seq, layout.seq), attention_kernel=layout.attention)
 
 
 def computes_in(layout: Layout) -> str:

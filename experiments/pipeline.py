@@ -58,7 +58,7 @@ def price_stages(spec: ModelSpec, layout: Layout, machine: Cluster, plan: Pipeli
     for rank, own in enumerate(parts):
         if own not in stages:
             trace = stage_flight(spec, layout, rank, tuple(parts))
-            stages[own] = price_stage(trace, machine, plan, layout.fidelity)
+            stages[own] = price_stage(trace, machine, plan, layout.fidelity, overlap=layout.overlap)
     return [stages[own] for own in parts]
 
 

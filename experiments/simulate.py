@@ -67,6 +67,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        overlap=layout.overlap,
         since=began,
     )
 
@@ -118,7 +119,7 @@ def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult)
     if layout.pp > 1:
         return pipeline_timeline(spec, layout, machine)
     trace = flight(spec, layout)
-    step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
+    step = replay(trace, machine, fidelity=layout.fidelity, overlap=layout.overlap, record=True)
     return to_json(step.spans, replay_memory(trace, machine.processor))
 
 

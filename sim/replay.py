@@ -5,6 +5,7 @@ device as on CUDA; overlap and exposed communication come out of that instead of
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,6 +22,9 @@ from .network import collective_seconds, sent_bytes
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
 from .topology import Topology, topology
 from .transfers import Transfers
+
+UPDATE, GRADIENTS = "update", "gradients"
+"""The phase that steps the optimizer, and the label of reductions that it waits for."""
 
 MOST_PLAYED = 3
 """How often a repeated phase is played; further repetitions cost what the last one played did."""
@@ -50,14 +54,18 @@ class Replay:
     events: int
 
 
-def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", record: bool = False) -> Replay:
+def replay(
+    trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", overlap: bool = True, record: bool = False
+) -> Replay:
     """Play two steps and report the second.
 
     Args:
         fidelity: how collectives are priced, see sim/network.py.
+        overlap: False for programs that reduce gradients when backward has ended, and begin the next forward when all
+            parameters have been gathered.
         record: keep the spans.
     """
-    rank = _Rank(trace, cluster, fidelity, record)
+    rank = _Rank(trace, cluster, fidelity, overlap, record)
     rank.env.run(rank.finished)
     before, after = rank.marks[1], rank.marks[2]
     breakdown = _between(before, after)
@@ -95,8 +103,8 @@ class CountingEnvironment(simpy.Environment):
 class _Rank:
     """The host of one rank, and its streams."""
 
-    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, record: bool) -> None:
-        self.trace, self.cluster, self.fidelity = trace, cluster, fidelity
+    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, overlap: bool, record: bool) -> None:
+        self.trace, self.cluster, self.fidelity, self.overlap = trace, cluster, fidelity, overlap
         self.env = CountingEnvironment()
         self.processor = cluster.processor
         self._launch_s = self.processor.launch_s if self.processor.asynchronous else 0.0
@@ -115,6 +123,8 @@ class _Rank:
         self.marks: dict[int, Mark] = {}
         self.phases_s: list[tuple[Phase, Mark]] = []
         self._skipped: Mark = defaultdict(float)
+        self._late: dict[Event, Callable[[], object]] = {}  # ends and starts of what waits for the end of backward
+        self._updating: list[Event] | None = None  # in an update: ends of what it has started
         self._runs: Counter[tuple[str, int]] = Counter()
         self._started: dict[tuple[str, int, int, int], tuple[Event, bool]] = {}
         self._prepared = [self._prepare(segment) for segment in trace.segments]
@@ -159,8 +169,11 @@ class _Rank:
         ends: list[Mark] = []
         self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
+            if phase.name == UPDATE and not self.overlap:
+                self._begin_update()
             for call in phase.calls:
                 yield from self._host_call(call)
+            self._end_update()
             self.compute.mark(lambda: ends.append(self._clock()))
         self.compute.mark(lambda: self.phases_s.append((phase, _between(*ends[-2:]))))
         left = phase.repeat - MOST_PLAYED
@@ -191,6 +204,8 @@ class _Rank:
                     if op.ref.key.startswith("initialize"):
                         continue  # long done: what precedes training takes no time
                     done, offload = self._started[op.ref.key, block, run, op.ref.op]
+                    if done in self._late:
+                        continue
                     if op.stream in ("compute", "program"):
                         self.compute.wait(done, offload=offload)
                         if op.stream == "program" and not done.processed:
@@ -204,8 +219,30 @@ class _Rank:
         if not isinstance(op, Collective):
             return self.transfers.start(op, self._drained())
         seconds = collective_seconds(op, self.mesh.placement(op.axis), self.network, self.fidelity)
-        name = f"{op.kind} {op.label}"
-        return self.streams[op.axis].start(name, seconds, after=self._drained())
+        start = partial(self.streams[op.axis].start, f"{op.kind} {op.label}", seconds)
+        if not self.overlap and op.label == GRADIENTS and self._updating is None:
+            done = self.env.event()
+            self._late[done] = lambda: start(after=self._drained(), done=done)
+            return done
+        done = start(after=self._drained())
+        if self._updating is not None:
+            self._updating.append(done)
+        return done
+
+    def _begin_update(self) -> None:
+        """Perform the reductions that have waited for the end of backward, before anything else."""
+        self._updating = []
+        for start in self._late.values():
+            start()
+        for done in self._late:
+            self.compute.wait(done)
+        self._late.clear()
+
+    def _end_update(self) -> None:
+        """What the update has started ends in it."""
+        for done in self._updating or ():
+            self.compute.wait(done)
+        self._updating = None
 
     def _drained(self) -> Event:
         """When the compute stream has done all that was issued so far."""

@@ -62,6 +62,7 @@ def price(
     tokens_per_step: int,
     layout: Mapping[str, Any],
     fidelity: str = "closed_form",
+    overlap: bool = True,
     since: float | None = None,
 ) -> StepResult:
     """Replay a trace on a cluster.
@@ -69,10 +70,11 @@ def price(
     Args:
         precision: dtype whose peak the utilisation is measured against.
         tokens_per_step: of the whole job.
+        fidelity, overlap: as for `replay`.
         since: `perf_counter` when the work on this answer began, if that was before now.
     """
     began = perf_counter() if since is None else since
-    step = replay(trace, cluster, fidelity=fidelity)
+    step = replay(trace, cluster, fidelity=fidelity, overlap=overlap)
     memory = replay_memory(trace, cluster.processor)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * step.forward_flops
     tflops = model_flops / step.step_time_s / 1e12

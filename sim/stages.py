@@ -57,13 +57,14 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
-def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
+def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str, *, overlap: bool = True) -> Stage:
     """Replay the flight of a rank.
 
     Args:
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
+        fidelity, overlap: as for `replay`.
     """
-    played = replay(trace, cluster, fidelity=fidelity)
+    played = replay(trace, cluster, fidelity=fidelity, overlap=overlap)
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))

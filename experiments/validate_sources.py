@@ -1,0 +1,106 @@
+"""The tables that `validate` compares with, by source: their figures, what is fitted to them, and their thresholds."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from .published_figures import (
+    BYTES,
+    MEMORY,
+    Figure,
+    Unusable,
+    curve_figures,
+    node_figures,
+    rows_of,
+    table_figures,
+    vtrain_row,
+)
+from .published_rows import Row
+
+LIVE = "gloo-here"
+"""Name of the source that is this machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A table, or part of one.
+
+    Attributes:
+        figures: by the source's name, all that it has.
+        thresholds: largest mean absolute error by kind, a little above what was measured; no threshold where there is
+            no entry.
+        because: what the errors of the source are made of.
+        fitted: what in the catalogue was fitted to it; empty for a witness.
+        sample: figures of a kind that a run by default takes; None for SAMPLE of validate.py.
+    """
+
+    figures: Callable[[str], Iterator[Figure | Unusable]]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    because: str = ""
+    fitted: str = ""
+    sample: int | None = None
+
+
+LIVE_THRESHOLDS: Mapping[str, float] = {BYTES: 0.0, MEMORY: 0.02}
+"""Bytes are counted, so they are equal; the CPU's allocator is modelled but for oneDNN's scratch."""
+
+Choice = Callable[[Row], bool]
+
+
+def _table(file: str, choice: Choice = lambda row: True) -> Callable[[str], Iterator[Figure | Unusable]]:
+    return partial(_chosen, file, choice)
+
+
+def _chosen(file: str, choice: Choice, source: str) -> Iterator[Figure | Unusable]:
+    yield from table_figures(source, [row for row in rows_of(file) if choice(row)])
+
+
+def _single_node(source: str) -> Iterator[Figure | Unusable]:
+    rows = rows_of("vtrain_single_node_a100")
+    yield from table_figures(source, [vtrain_row(row, number) for number, row in enumerate(rows, 1)])
+
+
+def _on(gpu: str) -> Choice:
+    return lambda row: row["gpu"].startswith(gpu)
+
+
+def _group(beginning: str, framework: str = "") -> Choice:
+    return lambda row: row["group"].startswith(beginning) and row["framework"].startswith(framework)
+
+
+SOURCES: dict[str, Source] = {
+    "sc21-table-1": Source(figures=_table("megatron_sc21_a100", _group("SC21 Table 1"))),
+    "sc21-zero-3": Source(figures=_table("megatron_sc21_a100", _group("SC21 Table 2", "DeepSpeed"))),
+    "sc21-ptd-p": Source(figures=_table("megatron_sc21_a100", _group("SC21 Table 2", "Megatron"))),
+    "sc21-text": Source(figures=_table("megatron_sc21_a100", _group("SC21 text"))),
+    "selective-recompute": Source(figures=_table("korthikanti_2022_selective_recompute")),
+    "single-node-a100": Source(figures=_single_node, sample=12),
+    "mpt-fsdp": Source(figures=_table("mpt_fsdp"), sample=10),
+    "bloom": Source(figures=_table("bloom_a100"), sample=8),
+    "megatron-2019-v100": Source(figures=_table("megatron_2019_2020", _group("Megatron-LM 2019"))),
+    "megatron-2020-v100": Source(
+        figures=_table("megatron_2019_2020", lambda row: "2020" in row["group"] and _on("V100")(row))
+    ),
+    "megatron-2020-a100": Source(
+        figures=_table("megatron_2019_2020", lambda row: "2020" in row["group"] and _on("A100")(row))
+    ),
+    "dlperf-v100": Source(figures=_table("dlperf_v100"), sample=8),
+    "jean-zay-v100": Source(figures=_table("bigscience_v100"), sample=4),
+    "internevo": Source(figures=_table("internevo_a100")),
+    "nemo": Source(figures=_table("nemo_launcher_a100")),
+    "nvidia-bert": Source(figures=_table("nvidia_bert_dp")),
+    "torchtitan": Source(figures=_table("torchtitan_llama3")),
+    "zero-3-others": Source(figures=_table("zero3_third_party")),
+    "fsdp-paper": Source(figures=_table("large_runs")),
+    "zero-offload": Source(figures=_table("zero_offload_infinity")),
+    "zero-sc20-throughput": Source(figures=_table("zero_sc20_throughput"), sample=8),
+    "zero-sc20-memory": Source(figures=_table("zero_sc20_memory"), sample=54),
+    "zero-plus-plus": Source(figures=_table("zeropp")),
+    "deepspeed-posts": Source(figures=_table("deepspeed_misc")),
+    "nccl-one-node": Source(
+        figures=node_figures,
+        fitted="start_s, latency_s, local_bytes_per_s inside nodes of dgx-a100 and dgx-1 (experiments/fit_network.py)",
+        sample=200,
+    ),
+    "nccl-curves": Source(figures=curve_figures, sample=200),
+}
