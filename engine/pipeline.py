@@ -121,7 +121,7 @@ class PipelineEngine(Engine):
         inside = set(chunk.modules())
         groups = [{**g, "params": [p for p in g["params"] if p in mine]} for g in pattern.param_groups]
         own = [block for block in blocks if block in inside]
-        owners, flat = flat_units(chunk, settings, self.groups, pattern, groups, own)
+        owners, flat = flat_units(chunk, settings, self.groups, pattern, groups, own, self.tiers)
         runtime = ChunkRuntime(chunk, owners, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         if any(action.kind == "W" for action in self.plan.actions(self.pipeline.rank)):
             runtime.defer_weights()
@@ -299,8 +299,6 @@ def _check(settings: Config) -> None:
             "zero_optimization.stage = 3 with a pipeline: every micro-batch would gather all parameters again; allowed:"
             " 0, 1, 2"
         )
-    if settings.placement.moves:
-        raise ValueError("zero_optimization.offload_optimizer with a pipeline; allowed: states on the device")
     if settings.redundancy.local is not None:
         raise ValueError("local_updates with a pipeline; allowed: stages that step together")
 
