@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from ..sim.hardware import Cluster, load_cluster, load_processor
@@ -199,9 +200,7 @@ def cluster_of(row: Row) -> Cluster:
     found = next(((name, gpu) for start, name, gpu in CLUSTERS if row["gpu"].startswith(start)), None)
     if found is None:
         raise ExcludedError(f"gpu {row['gpu']!r} is on no cluster of the catalogue")
-    cluster = load_cluster(found[0])
-    if found[1] is not None:
-        cluster = replace(cluster, processor=load_processor(found[1]))
+    cluster = _catalogue_cluster(*found)
     if row.get("gpus_per_node"):
         cluster = replace(cluster, gpus_per_node=int(row["gpus_per_node"]))
     if row.get("inter_node_gbps"):
@@ -211,6 +210,12 @@ def cluster_of(row: Row) -> Cluster:
     elif int(row["n_gpus"]) > cluster.gpus_per_node:
         raise ExcludedError("several nodes, and the network between them is not stated")
     return cluster
+
+
+@lru_cache
+def _catalogue_cluster(name: str, gpu: str | None) -> Cluster:
+    cluster = load_cluster(name)
+    return cluster if gpu is None else replace(cluster, processor=load_processor(gpu))
 
 
 def _number(row: Row, name: str, default: int | None = None) -> int | None:

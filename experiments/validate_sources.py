@@ -56,8 +56,8 @@ def _chosen(file: str, choice: Choice, source: str) -> Iterator[Figure | Unusabl
 
 
 def _single_node(source: str) -> Iterator[Figure | Unusable]:
-    rows = rows_of("vtrain_single_node_a100")
-    yield from table_figures(source, [vtrain_row(row, number) for number, row in enumerate(rows, 1)])
+    for number, row in enumerate(rows_of("vtrain_single_node_a100"), 1):
+        yield from table_figures(source, [vtrain_row(row, number)])
 
 
 def _on(gpu: str) -> Choice:

@@ -54,7 +54,7 @@ def losses_and_gradients(spec: ModelSpec, policy: str) -> tuple[float, list[torc
     tokens = torch.randint(spec.vocab, (2, 16))
     loss = model(tokens, tokens)
     loss.backward()
-    return float(loss), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return float(loss.detach()), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.parametrize("kernel", ["plain", "fused"])
