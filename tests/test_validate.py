@@ -16,6 +16,7 @@ from windtunnel.experiments.published_figures import (
     Unusable,
     memory_figures,
     rows_of,
+    run,
     step_figure,
     table_figures,
     vtrain_row,
@@ -23,6 +24,7 @@ from windtunnel.experiments.published_figures import (
 from windtunnel.experiments.published_rows import NEEDED, ExcludedError, Row, read_job, software_of
 from windtunnel.experiments.validate import Case, mean_abs_error, spread, summarise, to_dict, validate
 from windtunnel.experiments.validate_sources import SOURCES
+from windtunnel.sim import replay
 
 
 def row(**changes: object) -> Row:
@@ -176,8 +178,40 @@ def test_what_there_is_not_is_refused() -> None:
         validate(kinds=["speed"])
 
 
+SMALL = {
+    "sc21-table-1": "msc21-001",
+    "megatron-2020-v100": "m1920-009",
+    "internevo": "intern-001",
+    "mpt-fsdp": "mpt-181",
+}
+"""A row of some sources whose flight is short."""
+
+
+def error_of(source: str) -> float:
+    figure = next(found for found in SOURCES[source].figures(source) if found.name == SMALL[source])
+    assert isinstance(figure, Figure)
+    return figure.predict() / figure.published - 1
+
+
+@pytest.mark.parametrize("source", SMALL)
+def test_a_row_is_within_the_threshold_of_its_source(source: str) -> None:
+    assert abs(error_of(source)) <= SOURCES[source].thresholds[TIME]
+
+
+def test_a_step_without_its_matrix_products_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replay.kernel_seconds
+    monkeypatch.setattr(replay, "kernel_seconds", lambda kernel, *on: (kernel.flops == 0) * whole(kernel, *on))
+    run.cache_clear()
+    try:
+        for source in SMALL:
+            assert abs(error_of(source)) > SOURCES[source].thresholds[TIME]
+    finally:
+        run.cache_clear()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.3])
 def test_collectives_are_within_their_threshold_and_a_broken_price_is_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    factor: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found = validate(sources=["nccl-one-node"], out=tmp_path)
     assert found.ok
@@ -188,5 +222,5 @@ def test_collectives_are_within_their_threshold_and_a_broken_price_is_not(
     assert len((tmp_path / "validate.csv").read_text().splitlines()) == 1 + len(found.cases)
     assert (tmp_path / "validate.png").stat().st_size > 0
     whole = published_figures.collective_seconds
-    monkeypatch.setattr(published_figures, "collective_seconds", lambda *told: 1.3 * whole(*told))
+    monkeypatch.setattr(published_figures, "collective_seconds", lambda *told: factor * whole(*told))
     assert not validate(sources=["nccl-one-node"]).ok
