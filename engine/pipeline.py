@@ -85,6 +85,8 @@ class PipelineEngine(Engine):
     def _cut(self, model: nn.Module) -> list[Chunk]:
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
         layers, plan, section = layers_of(model), self.plan, self.settings.pipeline
+        if self.context is not None:
+            self.context.check_positions([each.forward for each in layers], f"no layer of {type(model).__name__} takes")
         in_flight = in_flight_by_stage(plan)
         if section.partition == "layers":
             self.bounds = bounds_as_given(section.layers, plan.stages, len(layers))
@@ -125,6 +127,8 @@ class PipelineEngine(Engine):
         runtime = ChunkRuntime(chunk, owners, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         if any(action.kind == "W" for action in self.plan.actions(self.pipeline.rank)):
             runtime.defer_weights()
+        if self.context is not None:
+            self.context.install(chunk, own)
         if owners:
             self.recompute = recompute_blocks(
                 chunk,
@@ -189,6 +193,7 @@ class PipelineEngine(Engine):
     def _play(self, plan: Plan, data_iter: Iterator[Any] | None) -> list[Tensor]:
         inputs, targets = self._read(data_iter)
         if self._held is None:
+            self._place_tokens()
             self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))
         duties = Duties(self._loss, self.scale_loss, self._around, self._announce)
         player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
@@ -200,6 +205,19 @@ class PipelineEngine(Engine):
         """What each chunk of this rank takes and gives, from the inputs of the first one."""
         with torch.no_grad(), self._autocast():
             return learn_formats(self._chunks, self.plan, self.pipeline, inputs, self.device)
+
+    def _place_tokens(self) -> None:
+        """Tell each chunk where this rank's tokens stand in their sequences, if ranks share these."""
+        if self.context is not None:
+            positions = self.context.positions(self._sequence_tokens(), self.device)[None]
+            for chunk in self._chunks:
+                chunk.place_tokens(positions)
+
+    def _sequence_tokens(self) -> int:
+        """Of a whole sequence: only the ends of the model have seen one."""
+        tokens = torch.tensor([self._tokens], device=self.device)
+        self.pipeline.all_reduce(tokens, "tokens of a sequence", largest=True, scalar=True).wait()
+        return int(tokens)
 
     def _announce(self, action: Action | None) -> None:
         """An action of this rank comes now; None: all are done. Flights listen."""
@@ -222,6 +240,9 @@ class PipelineEngine(Engine):
             if self.monitor is not None and last:
                 self.monitor.saw(batch[0])
             placed = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+            if self.context is not None:
+                self._tokens = self.context.tokens(placed)
+                placed, _ = self.context.cut(tuple(placed), {})
             inputs[number], targets[number] = map(_several, placed)
         if first:
             self._check_shapes(inputs)
@@ -240,6 +261,7 @@ class PipelineEngine(Engine):
                 )
 
     _taken: Format | None = None
+    _tokens = 0
 
     def _loader_batches(self) -> Iterator[Any]:
         loader = self.stateful.get("data_loader")

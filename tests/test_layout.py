@@ -85,7 +85,10 @@ def test_parallel_sizes_are_at_least_one(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recompute": "ful"}, "recompute = ful; allowed: none, selective, attention, full, budget; did you mean 'full'?"),
+        (
+            {"recompute": "ful"},
+            "recompute = ful; allowed: none, selective, attention, full, budget; did you mean 'full'?",
+        ),
         ({"fidelity": "event"}, "fidelity = event; allowed: closed_form, events; did you mean 'events'?"),
         ({"precision": "bf61"}, "precision = bf61; allowed: fp32, bf16, fp16; did you mean 'bf16'?"),
         ({"schedule": "gpip"}, "schedule = gpip; allowed: sequential, gpipe, 1f1b, .*; did you mean 'gpipe'?"),
