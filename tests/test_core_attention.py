@@ -67,6 +67,15 @@ def test_its_recomputation_is_the_same_training(kernel: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_a_model_with_it_is_the_same_model() -> None:
+    spec = replace(GPT, layers=2, hidden=32, heads=4, kv_heads=2, vocab=64, seq=16)
+    plain, gradients = losses_and_gradients(spec, "none")
+    fused, same = losses_and_gradients(replace(spec, attention_kernel="fused"), "none")
+    assert plain == pytest.approx(fused, rel=1e-6)  # fp32 sums in another order
+    for one, other in zip(gradients, same, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_recomputation_of_attention_needs_a_core() -> None:
     with pytest.raises(ValueError, match="no module in a Linear is called 'core_attention'; allowed: policy 'full'"):
         cores_of([torch.nn.Linear(2, 2)])
