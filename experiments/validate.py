@@ -222,11 +222,12 @@ def mean_abs_error(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def to_dict(result: Validation) -> dict[str, Any]:
-    """The contract's JSON object."""
+    """The contract's JSON object, and which sources were fitted, what their errors are made of, which are beyond."""
     return {
         "cases": to_rows(result.cases),
         "mean_abs_error": mean_abs_error(result.cases),
         "fitted": {name: source.fitted for name, source in SOURCES.items() if source.fitted},
+        "explained": {name: source.because for name, source in SOURCES.items() if source.because},
         "beyond": [f"{one.source}, {one.kind}" for one in result.summaries if not one.ok],
         "excluded": [asdict(row) for row in result.excluded],
         "left_out": result.left_out,
