@@ -11,8 +11,11 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
+from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
+from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
 if TYPE_CHECKING:
@@ -62,9 +65,13 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    fusion: str = "none"
     clip: float = 0.0
     attention: str | None = None
     overlap: bool = True
+    slow_ranks: float = 0.0
+    slow_factor: float = 1.0
+    slow_seed: int = 0
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
 
@@ -74,7 +81,8 @@ class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
     Experts are spread over `ep` of the dp ranks. `attention` is the model's `attention_kernel`; without `overlap`
-    gradients are reduced when backward has ended, and parameters are gathered before the next forward begins.
+    gradients are reduced when backward has ended, and parameters are gathered before the next forward begins. Some
+    `slow_ranks`, drawn with `slow_seed`, compute `slow_factor` times as long as the others (sim/unlike.py).
     """
 
     model: str
@@ -99,9 +107,13 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    fusion: str
     clip: float
     attention: str
     overlap: bool
+    slow_ranks: float
+    slow_factor: float
+    slow_seed: int
     engine: str
 
 
@@ -144,17 +156,37 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        fusion=options.fusion,
         clip=options.clip,
         attention=options.attention or model.attention_kernel,
         overlap=options.overlap,
+        slow_ranks=options.slow_ranks,
+        slow_factor=options.slow_factor,
+        slow_seed=options.slow_seed,
         engine=options.engine,
     )
     if layout.cp > 1 and layout.attention == "plain":
         refuse("attention", "plain", "fused where ranks share sequences (cp > 1)")
     if not layout.overlap and layout.zero > 1:
         refuse("overlap", "false", f"with zero = 0 or 1; zero = {layout.zero} shards what arrives during backward")
+    kinds_of(layout, cluster)
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
+
+
+def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
+    """The kinds of the job's ranks.
+
+    Raises:
+        ValueError: slow ranks that cannot be.
+    """
+    stragglers = Stragglers(ranks=layout.slow_ranks, factor=layout.slow_factor, seed=layout.slow_seed)
+    return rank_kinds(cluster, layout.gpus, stragglers)
+
+
+def as_slowest_sees(layout: Layout, cluster: Cluster) -> Cluster:
+    """The cluster as if all ranks of the job were as slow as its slowest; itself where they are alike."""
+    return seen_by(cluster, kinds_of(layout, cluster).kinds)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
@@ -167,6 +199,7 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),

@@ -32,6 +32,7 @@ class Software:
         overlap: gradients are reduced while backward runs.
         gradients: dtype in which they are added up and reduced; None for that of the parameters.
         clip: largest norm of the gradients; 0 for no clipping.
+        fusion: "elementwise" where bias and GELU, and bias, dropout and sum, are one kernel each (sim/fusion.py).
         padded: the vocabulary is padded to a multiple of 128 times the tensor-parallel ranks.
         why: where that is from.
     """
@@ -42,6 +43,7 @@ class Software:
     gradients: Literal["fp32"] | None = None
     clip: float = 1.0
     padded: bool = False
+    fusion: Literal["none", "elementwise"] = "none"
     why: str
 
 
@@ -50,8 +52,10 @@ MEGATRON = Software(
     dropout=0.1,
     overlap=False,
     padded=True,
+    fusion="elementwise",
     why="defaults of Megatron-LM's arguments.py until 2022: attention and hidden dropout 0.1, clip-grad 1.0, DDP-impl"
-    " local, which reduces after backward; core attention of batched products and a fused softmax",
+    " local, which reduces after backward; core attention of batched products and a fused softmax; fused bias_gelu and"
+    " bias_dropout_add",
 )
 
 SOFTWARE: tuple[tuple[str, Software], ...] = (
@@ -290,6 +294,7 @@ def _options(row: Row, software: Software) -> dict[str, Any]:
         "precision": PRECISIONS[row["precision"]],
         "clip": software.clip,
         "overlap": software.overlap or zero >= 2,
+        "fusion": software.fusion,
         "engine": json.dumps(keys),
     }
 

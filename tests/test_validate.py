@@ -44,7 +44,9 @@ def test_a_row_is_read() -> None:
     assert {name: options[name] for name in ("gpus", "tp", "pp", "interleave", "zero", "micro_batch")} == {
         "gpus": 512, "tp": 8, "pp": 2, "interleave": 1, "zero": 0, "micro_batch": 4
     }  # fmt: skip
-    assert (options["recompute"], options["precision"], options["overlap"]) == ("full", "fp16", False)
+    assert (options["recompute"], options["precision"], options["overlap"], options["fusion"]) == (
+        "full", "fp16", False, "elementwise"
+    )  # fmt: skip
 
 
 @given(
