@@ -72,13 +72,17 @@ def simulate(
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's.", show_default=False)] = None,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With tensor parallelism.")] = False,
     recompute: Annotated[
-        str | None, typer.Option(help="none, selective, full or budget; none.", show_default=False)
+        str | None, typer.Option(help="none, selective, attention, full or budget; none.", show_default=False)
     ] = None,
     recompute_budget: Annotated[
         int | None, typer.Option(help="Bytes of activations that a rank may keep.", show_default=False)
     ] = None,
     offload: Annotated[str, typer.Option(help="none, optimizer or parameters.")] = "none",
     offload_to: Annotated[str, typer.Option(help="host or nvme.")] = "host",
+    attention: Annotated[str | None, typer.Option(help="fused or plain; the model's.", show_default=False)] = None,
+    overlap: Annotated[
+        bool, typer.Option(help="Reduce gradients while backward runs, gather parameters while forward does.")
+    ] = True,
     precision: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
@@ -129,6 +133,7 @@ def simulate(
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
         "precision": precision, "fidelity": fidelity, "fusion": fusion, "slow_ranks": slow_ranks,
         "slow_factor": slow_factor, "slow_seed": slow_seed,
+        "attention": attention, "overlap": overlap,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
@@ -347,6 +352,42 @@ def reproduce(
         for table in item.tables:
             show(table)
         print(f"{item.name}: {item.sentence}\n  plot: {item.plot}\n  csv: {item.csv}")
+
+
+@app.command()
+def validate(
+    source: Annotated[str | None, typer.Option(help="Name, or several; all.", show_default=False)] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="iteration time, throughput, memory, collective, scaling; all.", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All figures of a source, not a sample.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Train on Gloo ranks of this machine too.")] = False,
+    cases: Annotated[bool, typer.Option("--cases", help="A line for each case.")] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Hold predictions against published measurements, and against Gloo on this machine."""
+    from .validate import to_dict
+    from .validate import validate as run
+
+    result = run(
+        sources=source.split(",") if source else (), kinds=kind.split(",") if kind else (), everything=everything,
+        live=live, out=out, say=_say,
+    )  # fmt: skip
+    if as_json:
+        _print_json(to_dict(result))
+    else:
+        from .tables import show
+        from .validate_report import case_table, excluded_table, summary_table
+
+        if cases:
+            show(case_table(result.cases))
+        show(excluded_table(result))
+        show(summary_table(result))
+        for name, path in result.files.items():
+            print(f"{name}: {path}")
+    raise typer.Exit(0 if result.ok else 1)
 
 
 @app.command()

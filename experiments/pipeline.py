@@ -85,7 +85,9 @@ def stage_pricer(spec: ModelSpec, layout: Layout, plan: PipelinePlan) -> Callabl
     def stage_on(rank: int, machine: Cluster) -> Stage:
         if (parts[rank], machine) not in stages:
             trace = stage_flight(spec, layout, rank, parts)
-            stages[parts[rank], machine] = price_stage(trace, machine, plan, layout.fidelity, layout.fusion)
+            stages[parts[rank], machine] = price_stage(
+                trace, machine, plan, layout.fidelity, layout.fusion, overlap=layout.overlap
+            )
         return stages[parts[rank], machine]
 
     return stage_on

@@ -68,6 +68,7 @@ def simulate(
         layout=asdict(layout),
         fidelity=layout.fidelity,
         fusion=layout.fusion,
+        overlap=layout.overlap,
         since=began,
     )
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))

@@ -65,6 +65,7 @@ def price(
     layout: Mapping[str, Any],
     fidelity: str = "closed_form",
     fusion: str = "none",
+    overlap: bool = True,
     since: float | None = None,
 ) -> StepResult:
     """Replay a trace on a cluster.
@@ -72,11 +73,11 @@ def price(
     Args:
         precision: dtype whose peak the utilisation is measured against.
         tokens_per_step: of the whole job.
-        fidelity, fusion: as for `replay`; what is kept in memory does not depend on them.
+        fidelity, fusion, overlap: as for `replay`; what is kept in memory does not depend on them.
         since: `perf_counter` when the work on this answer began, if that was before now.
     """
     began = perf_counter() if since is None else since
-    step = replay(trace, cluster, fidelity=fidelity, fusion=fusion)
+    step = replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap)
     memory = replay_memory(trace, cluster.processor)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * step.forward_flops
     tflops = model_flops / step.step_time_s / 1e12

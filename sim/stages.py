@@ -69,22 +69,19 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
-_REPLAYS: Remembered[Replay] = Remembered(256)
-"""Steps of other numbers of micro-batches are made of the same flights."""
-
 _MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
 
 
-def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str, fusion: str = "none") -> Stage:
+def price_stage(
+    trace: Trace, cluster: Cluster, plan: Plan, fidelity: str, fusion: str = "none", *, overlap: bool = True
+) -> Stage:
     """Replay the flight of a rank.
 
     Args:
-        fidelity, fusion: as for `replay`.
+        fidelity, fusion, overlap: as for `replay`.
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = _REPLAYS.of(
-        trace, (cluster, fidelity, fusion), lambda: replay(trace, cluster, fidelity=fidelity, fusion=fusion)
-    )
+    played = replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap)
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
