@@ -376,6 +376,10 @@ ATTENTION_BACKWARD_SHARE = 4 / 5
 """Fused attention multiplies five times in backward, once to make the scores again; model FLOPs count four."""
 
 
+LOSS_WITH_GRADIENTS = "linear_cross_entropy"
+"""An operator of the forward that makes its gradients there: a product for the logits, and one for each gradient."""
+
+
 def flops(trace: Trace, *, forward_only: bool) -> float:
     total = 0.0
     for segment, forward, times in _steady(trace):
@@ -384,5 +388,7 @@ def flops(trace: Trace, *, forward_only: bool) -> float:
         for op in trace.segments[segment]:
             if isinstance(op, Kernel):
                 share = ATTENTION_BACKWARD_SHARE if op.name == "attention_backward" else 1.0
+                if forward_only and op.name == LOSS_WITH_GRADIENTS:
+                    share = 1 / op.shape[0]
                 total += times * share * op.flops
     return total
