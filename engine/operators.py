@@ -30,6 +30,10 @@ ATTENTION = frozenset(
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
 
 
+OVERWRITES = frozenset({"copy_", "zero_", "fill_", "recurrent_cell", "recurrent_cell_backward"})
+"""Operators that write to operands without reading them."""
+
+
 def describe(
     function: Any, operands: Sequence[Tensor], arguments: Sequence[Any], results: Sequence[Tensor]
 ) -> Kernel | None:
@@ -84,7 +88,7 @@ def mutated_operands(function: Any, operands: Sequence[Tensor], arguments: Seque
 
 def _only_written(function: Any, tensor: Tensor, mutated: Sequence[Tensor]) -> bool:
     """Whether an operand is where the result goes: `out=`, or the target of a copy or a fill."""
-    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in ("copy_", "zero_", "fill_")
+    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in OVERWRITES
     return overwrites and any(tensor is target for target in mutated)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from . import sim_autocast
+from . import sim_autocast, sim_recurrent
 
 NAME = "sim"
 
@@ -57,6 +57,7 @@ def register() -> None:
     # Above autograd, so that it holds in recomputation too, where modes of the forward are not active.
     _library.impl("scaled_dot_product_attention", _fused_attention, "AutogradPrivateUse1")
     sim_autocast.register(NAME)
+    sim_recurrent.register(_library)
     for name in ("silu_backward", "mish_backward"):  # one kernel on CPU and CUDA; taken apart where there is none
         _library.impl(name, _one_operator, "PrivateUse1")
     _library.impl("_fused_sgd_", _in_place, "Meta")  # torch has shapes for the fused Adams, not for SGD

@@ -48,7 +48,7 @@ def demo(as_json: AsJson = False, out: Out = None) -> None:
 
 @app.command()
 def simulate(
-    model: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
+    model: Annotated[str, typer.Option(help="Catalogue name, TOML file, or MODULE:FUNCTION: (model, batch).")],
     cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
     dp: Annotated[
@@ -101,16 +101,18 @@ def simulate(
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
     counts = _counts(gpus)
-    results = [simulation.simulate(model, cluster, config=config, gpus=count, **chosen) for count in counts]
+    found = simulation.find_model(model)
+    results = [simulation.simulate(found, cluster, config=config, gpus=count, **chosen) for count in counts]
     answers = [simulation.to_dict(result) for result in results]
     if tokens is not None:
         for answer, result in zip(answers, results, strict=True):
             answer["training"] = {"tokens": tokens, **simulation.training_days(result, tokens)}
     files = _scaling_files(results, out) if len(results) > 1 or out is not None else {}
     if perfetto is not None:
-        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, cluster, results[-1])))
+        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(found, cluster, results[-1])))
     if save_trace is not None:
-        files["trace"] = str(write_whole(save_trace, simulation.saved_trace(model, results[-1])))
+        files["trace"] = str(write_whole(save_trace, simulation.saved_trace(found, results[-1])))
+    _notes(simulation.notes(found))
     if as_json:
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
@@ -133,7 +135,7 @@ def _show_steps(results: list[Any], answers: list[dict[str, Any]]) -> None:
         if "training" in answer:
             training = answer["training"]
             print(
-                f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
+                f"{training['tokens']:.3g} {answer['layout']['counts']} on {answer['layout']['gpus']:,} GPUs:"
                 f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours"
             )
 
