@@ -25,7 +25,7 @@ from .communicator import DONE, DTYPE_NAMES, Call, Communicator, Handle, SoloCom
 from .config import Config
 from .engine import initialize
 from .flight_errors import naming
-from .loss import loss_of
+from .loss import flown_loss
 from .partition import repeated_blocks
 from .pilot import Plan, Question
 from .pipeline import performer
@@ -164,7 +164,7 @@ def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, record
             with torch.device("sim"):
                 batch = make_batch()
             with naming(model):
-                loss = loss_of(call(engine, batch))
+                loss = flown_loss(call(engine, batch))
                 engine.backward(loss)
             del loss, batch
             if micro_step == flown - 1:

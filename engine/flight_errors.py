@@ -76,7 +76,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip() or repr(error)).splitlines()[0]
-    if "found two different devices" in line:
+    if "two devices" in line or "two different devices" in line:
         line += (
             ": a tensor is made without device=, or held by a module as neither parameter nor buffer; make it where the"
             " input is, or register it as a buffer"

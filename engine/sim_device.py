@@ -114,14 +114,28 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+@torch.library.custom_op("windtunnel::attention_bias_backward", mutates_args=())
+def attention_bias_backward(query: Tensor, key: Tensor) -> Tensor:
+    """What backward writes besides where the mask is a learned bias: a gradient for each score [B, H, S, T]."""
+    raise NotImplementedError("windtunnel::attention_bias_backward exists on the sim device only")
+
+
+@attention_bias_backward.register_fake
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:-1], key.shape[-2]))
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *_ = inputs
+    query, key, value, mask, _ = inputs
     ctx.save_for_backward(query, key, value, *output)
+    ctx.mask_shape = None if mask is None else mask.shape
     ctx.set_materialize_grads(False)  # else the unused gradient of the log-sum-exp is made of zeros
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors), None, None
+    query, key, *_ = ctx.saved_tensors
+    bias = attention_bias_backward(query, key).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+    return *attention_backward(gradient, *ctx.saved_tensors), bias, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -38,13 +38,19 @@ def xlnet() -> Sample:
     return XLNetLMHeadModel(XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_head=2, d_inner=24)), labelled()
 
 
-def t5() -> Sample:
+def t5(attention: str = "eager") -> Sample:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        attn_implementation=attention,
+    )  # fmt: skip
     return T5ForConditionalGeneration(config), labelled()
+
+
+def t5_fused() -> Sample:
+    """Its mask is a learned bias."""
+    return t5("sdpa")
 
 
 class Recurrent(nn.Module):
@@ -116,6 +122,12 @@ class Chain(nn.Module):
 def chain() -> Sample:
     print("what a user's module prints is no part of the answer")
     return Chain(), torch.randn(2, WIDE)
+
+
+def block_chain() -> Sample:
+    """No loss: the mean of the output stands for it."""
+    blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(3)]
+    return nn.Sequential(*blocks), torch.randn(SAMPLES, 32)
 
 
 class Looks(nn.Module):

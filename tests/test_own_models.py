@@ -27,8 +27,8 @@ from windtunnel.sim.memory import replay_memory
 from windtunnel.sim.replay import sent_bytes_by_axis
 from windtunnel.sim.result import StepResult
 
-HUGGING_FACE = ("bert", "xlnet", "t5")
-BLOCKS = {"bert": 2, "xlnet": 2, "t5": 4, "lstm": 0, "gru": 0, "cnn": 0}
+HUGGING_FACE = ("bert", "xlnet", "t5", "t5_fused")
+BLOCKS = {"bert": 2, "xlnet": 2, "t5": 4, "t5_fused": 4, "lstm": 0, "gru": 0, "cnn": 0}
 
 WORLD = 3
 
@@ -73,7 +73,7 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "t5_fused"])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     """Of matrix products and convolutions, forward and backward, exactly."""
     model, batch = real(name)
@@ -98,7 +98,17 @@ def units_of(name: str) -> list[UnitSize]:
 
 @pytest.mark.parametrize(
     ("name", "zero"),
-    [("bert", 3), ("xlnet", 1), ("xlnet", 3), ("t5", 2), ("t5", 3), ("lstm", 0), ("lstm", 3), ("gru", 2), ("cnn", 3)],
+    [
+        ("bert", 3),
+        ("xlnet", 1),
+        ("xlnet", 3),
+        ("t5", 2),
+        ("t5_fused", 3),
+        ("lstm", 0),
+        ("lstm", 3),
+        ("gru", 2),
+        ("cnn", 3),
+    ],
 )
 def test_bytes_and_memory_are_the_closed_forms(name: str, zero: int) -> None:
     units, stage = units_of(name), Zero.of_stage(zero)
@@ -138,8 +148,10 @@ def test_micro_batch_accumulation_and_recomputation() -> None:
     assert (result.layout["micro_batch"], result.layout["accumulation"]) == (2 * own_targets.SAMPLES, 5)
     flops, before = (step.tflops_per_gpu * step.step_time_s for step in (result, once))
     assert flops == pytest.approx(10 * before)
-    full = simulate("own_targets:chain", "dgx-a100", gpus=64, zero=3, recompute="full")
-    assert full.hardware_tflops_per_gpu == pytest.approx(4 / 3 * full.tflops_per_gpu)
+    full = simulate("own_targets:block_chain", "dgx-a100", gpus=2, zero=3, recompute="full")
+    # Of the two layers of a block backward needs the output of the first, so that one is computed again. The first
+    # of all six has an input that wants no gradient.
+    assert full.hardware_tflops_per_gpu == pytest.approx((3 + 1 / 2 - 1 / 6) / 3 * full.tflops_per_gpu)
 
 
 def test_one_file_drives_engine_and_simulator(tmp_path: Path) -> None:
