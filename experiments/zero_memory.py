@@ -81,9 +81,10 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = sorted((row for row in rows if _is_shown(row)), key=lambda row: row["zero"])
     said = ", ".join(f"{row['simulated_gb']:.3g} GB at stage {row['zero']}" for row in shown)
     worst = max(known, key=lambda row: abs(row["error"]))
+    others = "" if met == len(known) else f", the others within {abs(worst['error']):.1%}"
     return (
-        f"{met} of {len(known)} entries of the table come out of flown steps to the last digit that is printed, the"
-        f" others within {abs(worst['error']):.1%}; {SHOWN} parameters take {said} on {SHOWN_RANKS} ranks"
+        f"{met} of {len(known)} entries of the table come out of flown steps to the last digit that is printed{others};"
+        f" {SHOWN} parameters take {said} on {SHOWN_RANKS} ranks"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,6 +84,19 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     _, trace = flown(name, 0)
     steady = (op for phase, *_, op in walk(trace) if phase.step == 2 and isinstance(op, Kernel))
     assert sum(op.flops for op in steady) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_recurrent_step_is_a_product_and_an_element_wise_kernel(name: str) -> None:
+    """As on GPUs; torch's own way on a device without kernels of its own has some ten a step."""
+    _, trace = flown(name, 0)
+    names = Counter(op.name for phase, *_, op in walk(trace) if phase.step == 2 and isinstance(op, Kernel))
+    cells = own_targets.SEQ * 2 * 2  # layers and directions
+    assert names["recurrent_cell"] == names["recurrent_cell_backward"] == cells
+    # Backward has one less in each layer and direction, whose first state wants no gradient, and one for all weights.
+    assert 2 * cells <= names["mm"] <= 2 * cells + 8
+    others = sum(names.values()) - 2 * cells - names["mm"]
+    assert others < 90  # of the optimizer, of linear layers, of the loss: none of them in each step
 
 
 def units_of(name: str) -> list[UnitSize]:

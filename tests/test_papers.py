@@ -119,7 +119,7 @@ def memory_rows() -> list[dict]:
     return [
         memory_row(120.0, None, stage=0),
         memory_row(31.42, 31.4),
-        memory_row(1.89, 1.88, stage=3),
+        memory_row(1.884, 1.88, stage=3),
         memory_row(40.0, 30.0, ranks=16),
     ]
 
@@ -128,7 +128,7 @@ def test_zero_memory_says_what_its_rows_say() -> None:
     said = zero_memory.sentence(memory_rows())
     assert "2 of 3 entries of the table come out" in said
     assert "the others within 33.3%" in said
-    assert "take 120 GB at stage 0, 31.4 GB at stage 1, 1.89 GB at stage 3 on 64 ranks" in said
+    assert "take 120 GB at stage 0, 31.4 GB at stage 1, 1.88 GB at stage 3 on 64 ranks" in said
 
 
 @pytest.mark.parametrize(
