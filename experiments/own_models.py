@@ -63,11 +63,12 @@ class OwnModel:
     @property
     def described(self) -> str:
         """One line for a reader."""
-        batch = f"{self.samples:,} sample{'s' * (self.samples > 1)}" + (f" of {self.seq:,} tokens" if self.tokens else "")
+        batch = f"{self.samples:,} sample{'s' * (self.samples > 1)}"
+        batch += f" of {self.seq:,} tokens" if self.tokens else ", and tokens_per_s counts samples"
         frozen = f", {self.parameters - self.trainable:,} of them frozen" if self.trainable < self.parameters else ""
         return (
             f"{self.name} is a {self.kind} with {self.parameters:,} parameters{frozen}, {self.layers} of its blocks"
-            f" repeat; its sample batch has {batch}" + ("" if self.tokens else ", and tokens_per_s counts samples")
+            f" repeat; its sample batch has {batch}"
         )
 
 
