@@ -133,9 +133,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, *_ = ctx.saved_tensors
-    bias = attention_bias_backward(query, key).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-    return *attention_backward(gradient, *ctx.saved_tensors), bias, None
+    saved = ctx.saved_tensors  # once: reading them again would compute them again, where they are recomputed
+    bias = attention_bias_backward(*saved[:2]).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+    return *attention_backward(gradient, *saved), bias, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
