@@ -106,14 +106,14 @@ def _weightless() -> Iterator[None]:
     """
     twins = WeakTensorKeyDictionary()
 
-    def keep_shape(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # Any, because torch's annotation has no place for the parameter that a hook may return.
+    def keep_shape(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or is_lazy(parameter) or parameter.is_meta:
             return None
         if parameter not in twins:
             shape = torch.empty_like(parameter, device="meta")
             twins[parameter] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
-        twin: nn.Parameter = twins[parameter]
-        return twin
+        return twins[parameter]
 
     handle = register_module_parameter_registration_hook(keep_shape)
     try:

@@ -115,9 +115,10 @@ def reproduce(folder: Path, say: Say) -> Item:
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Bars simulated, points published: seconds of a step by model, and activations as shares of the baseline."""
+    from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
-    from .plots import STYLE, pyplot, save  # matplotlib loads slowly
+    from .plots import STYLE, save  # matplotlib loads slowly
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     with pyplot.rc_context(STYLE):

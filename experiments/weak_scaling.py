@@ -60,7 +60,9 @@ def reproduce(folder: Path, say: Say) -> Item:
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """TFLOP/s of each GPU and seconds of a step, published and simulated, against the number of GPUs."""
-    from .plots import MEASURED, PREDICTED, STYLE, pyplot, save  # matplotlib loads slowly
+    from matplotlib import pyplot
+
+    from .plots import MEASURED, PREDICTED, STYLE, save  # matplotlib loads slowly
 
     gpus = [row["gpus"] for row in rows]
     with pyplot.rc_context(STYLE):

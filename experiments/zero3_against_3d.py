@@ -91,7 +91,9 @@ def reproduce(folder: Path, say: Say) -> Item:
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """TFLOP/s of each GPU against the number of GPUs: lines simulated, points published, a panel for each model."""
-    from .plots import MEASURED, PREDICTED, STYLE, pyplot, save  # matplotlib loads slowly
+    from matplotlib import pyplot
+
+    from .plots import MEASURED, PREDICTED, STYLE, save  # matplotlib loads slowly
 
     found = curves(rows)
     sizes = list(dict.fromkeys(size for size, _ in found))

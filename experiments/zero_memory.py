@@ -115,7 +115,9 @@ STAGES = {1: "#8d99ae", 2: "#e0a458", 3: "#c8553d"}
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """The figure (bars by category) and the table (lines simulated, points published)."""
-    from .plots import INK, STYLE, pyplot, save  # matplotlib loads slowly
+    from matplotlib import pyplot
+
+    from .plots import INK, STYLE, save  # matplotlib loads slowly
 
     with pyplot.rc_context(STYLE):
         figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(12.4, 4.8), width_ratios=(1, 1.4))

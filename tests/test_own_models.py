@@ -93,8 +93,8 @@ def test_a_recurrent_step_is_a_product_and_an_element_wise_kernel(name: str) -> 
     names = Counter(op.name for phase, *_, op in walk(trace) if phase.step == 2 and isinstance(op, Kernel))
     cells = own_targets.SEQ * 2 * 2  # layers and directions
     assert names["recurrent_cell"] == names["recurrent_cell_backward"] == cells
-    # Backward has one less in each layer and direction, whose first state wants no gradient, and one for all weights.
-    assert 2 * cells <= names["mm"] <= 2 * cells + 8
+    # Each layer and direction has a few more: of its inputs, and of the gradients of its weights.
+    assert 2 * cells <= names["mm"] <= 2 * cells + 5 * 4
     others = sum(names.values()) - 2 * cells - names["mm"]
     assert others < 90  # of the optimizer, of linear layers, of the loss: none of them in each step
 
