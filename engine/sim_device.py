@@ -101,7 +101,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bo
 
 @torch.library.custom_op("windtunnel::attention_backward", mutates_args=())
 def attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Shapes only."""
     raise NotImplementedError("windtunnel::attention_backward exists on the sim device only")
@@ -109,7 +109,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -126,7 +126,7 @@ def _(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, _ = inputs
+    query, key, value, mask, ctx.causal = inputs
     ctx.save_for_backward(query, key, value, *output)
     ctx.mask_shape = None if mask is None else mask.shape
     ctx.set_materialize_grads(False)  # else the unused gradient of the log-sum-exp is made of zeros
@@ -135,7 +135,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: reading them again would compute them again, where they are recomputed
     bias = attention_bias_backward(*saved[:2]).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-    return *attention_backward(gradient, *saved), bias, None
+    return *attention_backward(gradient, *saved, ctx.causal), bias, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

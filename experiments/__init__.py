@@ -3,6 +3,7 @@
 cli          the command line: verbs, options, --json, exit codes
 simulate     one training step of a model on a cluster
 pipeline     the same of a job with pipeline stages: each distinct rank flown once
+flights      traces of flights, each flown once: in memory, and on disk for all processes
 prices       what a job costs on rented nodes, shapes of cluster compared by the price of a token
 failures     what interruptions leave of a job's speed
 layout       how a job is laid out: options, their defaults and checks
@@ -26,6 +27,7 @@ train        a whole training loop as an example
 progress     throughput, predicted finish, and a bar
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
+fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture
@@ -52,4 +54,8 @@ tables       results as tables in a terminal
 plots        results as pictures
 files        files that are whole or absent; CSV
 bench        runnable comparisons with peers, and their results
+step_files   what simulate --out writes of a step: numbers, pictures, a timeline, Chakra traces
+plots_step   pictures of one step: where time goes, memory, the ranks of a pipeline
+kineto       a PyTorch profiler's trace read as measured kernel times
+profiled     a hardware profile from such times, and measured beside predicted
 """

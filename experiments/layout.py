@@ -11,8 +11,11 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
+from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
+from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
 if TYPE_CHECKING:
@@ -63,7 +66,11 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    fusion: str = "none"
     clip: float = 0.0
+    slow_ranks: float = 0.0
+    slow_factor: float = 1.0
+    slow_seed: int = 0
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
 
@@ -72,7 +79,8 @@ class Options:
 class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
-    Experts are spread over `ep` of the dp ranks.
+    Experts are spread over `ep` of the dp ranks. `slow_ranks` of all ranks, drawn with `slow_seed`, compute
+    `slow_factor` times as long as the others (sim/unlike.py).
     """
 
     model: str
@@ -97,7 +105,11 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    fusion: str
     clip: float
+    slow_ranks: float
+    slow_factor: float
+    slow_seed: int
     engine: str
     counts: str = "tokens"
     """What `tokens_per_s` counts; "samples" of a model whose inputs are no tokens, with seq = 1."""
@@ -142,12 +154,32 @@ def resolve(options: Options, model: "ModelSpec | OwnModel", cluster: Cluster) -
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        fusion=options.fusion,
         clip=options.clip,
+        slow_ranks=options.slow_ranks,
+        slow_factor=options.slow_factor,
+        slow_seed=options.slow_seed,
         engine=options.engine,
         counts=model.counts,
     )
+    kinds_of(layout, cluster)
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
+
+
+def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
+    """The kinds of the job's ranks.
+
+    Raises:
+        ValueError: slow ranks that cannot be.
+    """
+    stragglers = Stragglers(ranks=layout.slow_ranks, factor=layout.slow_factor, seed=layout.slow_seed)
+    return rank_kinds(cluster, layout.gpus, stragglers)
+
+
+def as_slowest_sees(layout: Layout, cluster: Cluster) -> Cluster:
+    """The cluster as if all ranks of the job were as slow as its slowest; itself where they are alike."""
+    return seen_by(cluster, kinds_of(layout, cluster).kinds)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
@@ -160,6 +192,7 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),

@@ -1,36 +1,36 @@
 """`simulate`: one training step of a model on a cluster, without the cluster."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..collectives.job_file import Job, dumps, loads
 from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
-from ..collectives.trace_file import dumps
-from ..engine.pilot import Plan, fly
+from ..engine.pilot import Plan
 from ..sim.hardware import Cluster, load_cluster
-from ..sim.memory import replay_memory
-from ..sim.replay import replay
+from ..sim.job import price_job, record_job
+from ..sim.rank_classes import as_job, seen_by
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
+from .flights import flown
 from .layout import (
     OFFLOAD_KEYS,
     Layout,
     Options,
+    as_slowest_sees,
     computes_in,
     counts_blocks,
     engine_config,
     from_deepspeed,
-    refuse,
+    kinds_of,
     resolve,
     with_positions,
 )
 from .models import ModelSpec, load_model
 from .own_models import OwnModel, is_own, look_at, own_flight, with_sample
-from .pipeline import pipeline_timeline, simulate_pipeline
+from .pipeline import pipeline_job, simulate_pipeline
 
 SECONDS_PER_DAY = 86_400
 
@@ -74,16 +74,18 @@ def simulate(
     layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
     if layout.pp > 1 and isinstance(spec, ModelSpec):
         return simulate_pipeline(spec, layout, machine, began)
-    trace = flight(spec, layout)
-    return price(
+    trace, ranks = flight(spec, layout), kinds_of(layout, machine)
+    result = price(
         trace,
-        machine,
+        machine if ranks.even_on(machine) else seen_by(machine, ranks.kinds),
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        fusion=layout.fusion,
         since=began,
     )
+    return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
 def notes(model: ModelSpec | OwnModel) -> tuple[str, ...]:
@@ -99,61 +101,80 @@ def scaling(
 
 
 def flight(spec: ModelSpec | OwnModel, layout: Layout) -> Trace:
-    """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
+    """The trace of a layout; a deep model of the catalogue is flown shallow and stretched."""
     if isinstance(spec, OwnModel):
         return own_flight(spec, layout)
-    return _flight(
-        with_positions(spec, layout),
-        world=layout.gpus,
-        micro_batch=layout.micro_batch,
-        seq=layout.seq,
-        accumulation=layout.accumulation,
-        engine=json.dumps(engine_config(layout)),
-    )
-
-
-@lru_cache(maxsize=64)
-def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumulation: int, engine: str) -> Trace:
-    config = json.loads(engine)
+    spec, config, accumulation = with_positions(spec, layout), engine_config(layout), layout.accumulation
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
     shallow = spec if counts_blocks(config) else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": shallow, "batch": micro_batch, "seq": seq},
+        arguments={"spec": shallow, "batch": layout.micro_batch, "seq": layout.seq},
         config=config,
-        world=world,
+        world=layout.gpus,
         micro_steps=accumulation,
     )
-    flown = fly(plan)
+    trace = flown(plan)
     try:
-        trace = stretch(flown, spec.layers, MIDDLE + deeper // 2)
+        trace = stretch(trace, spec.layers, MIDDLE + deeper // 2)
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
-        trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
+        trace = flown(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
+
+
+def job(model: str | ModelSpec | OwnModel, result: StepResult) -> Job:
+    """The job of `result`: its layout and its traces, all that is needed to price it on another cluster."""
+    spec = find_model(model)
+    layout = Layout(**result.layout)
+    if layout.pp > 1 and isinstance(spec, ModelSpec):
+        return pipeline_job(spec, layout)
+    return Job(
+        layout=asdict(layout),
+        precision=computes_in(layout),
+        tokens_per_step=layout.global_batch * layout.seq,
+        message_bytes=0,
+        traces=(flight(spec, layout),),
+        stages=(0,),
+    )
+
+
+def load_job(path: str | Path) -> Job:
+    """The job in a file that `saved_trace` wrote.
+
+    Raises:
+        ValueError: the file cannot be read, or is none.
+    """
+    try:
+        return loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trace = {path}: {error}") from None
+
+
+def simulate_trace(saved: str | Path | Job, cluster: str | Cluster, *, fidelity: str = "closed_form") -> StepResult:
+    """As `simulate`, of a saved trace on any cluster: nothing is flown, so no torch is needed.
+
+    Raises:
+        ValueError: the file is no trace, or the cluster cannot run the job.
+    """
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    return price_job(saved if isinstance(saved, Job) else load_job(saved), machine, fidelity=fidelity)
 
 
 def timeline(model: str | ModelSpec | OwnModel, cluster: str | Cluster, result: StepResult) -> str:
     """The job of `result` as a Perfetto file."""
-    spec = find_model(model)
+    return timeline_of(job(model, result), cluster, result.layout["fidelity"])
+
+
+def timeline_of(what: Job, cluster: str | Cluster, fidelity: str) -> str:
+    """A job as a Perfetto file; where its ranks differ, as it would be if all were as slow as the slowest."""
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
-    layout = Layout(**result.layout)
-    if layout.pp > 1 and isinstance(spec, ModelSpec):
-        return pipeline_timeline(spec, layout, machine)
-    trace = flight(spec, layout)
-    step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
-    return to_json(step.spans, replay_memory(trace, machine.processor))
+    machine = as_slowest_sees(Layout(**what.layout), machine)
+    return to_json(record_job(what, machine, fidelity=fidelity).timeline)
 
 
 def saved_trace(model: str | ModelSpec | OwnModel, result: StepResult) -> str:
-    """The trace of the job of `result` as a JSON file.
-
-    Raises:
-        ValueError: a job with stages, of which each has a trace.
-    """
-    if result.layout["pp"] > 1:
-        refuse("save_trace", "FILE", "pp = 1: a job with pipeline stages has a trace for each of them")
-    spec = find_model(model)
-    return dumps(flight(spec, Layout(**result.layout)))
+    """The job of `result` as a JSON file: its layout, and the traces of all ranks that differ."""
+    return dumps(job(model, result))
 
 
 def to_rows(results: Sequence[StepResult]) -> list[dict[str, Any]]:

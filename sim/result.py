@@ -27,6 +27,7 @@ class StepResult:
         hardware_tflops_per_gpu: with recomputation.
         mfu: `tflops_per_gpu` over the dense peak at that precision.
         breakdown_s: compute, exposed_communication, bubble, host, offload; sums to the step.
+        communication_s: of the same rank, by axis: {exposed_s, hidden_s}, as in Replay.
         peak_memory_bytes: by category at the peak, their `total`, what the allocator has `reserved`, and what the
             `framework` takes besides.
         fits: reserved + framework <= capacity.
@@ -44,6 +45,7 @@ class StepResult:
     hardware_tflops_per_gpu: float
     mfu: float
     breakdown_s: Mapping[str, float]
+    communication_s: Mapping[str, Mapping[str, float]]
     peak_memory_bytes: Mapping[str, int]
     fits: bool
     bytes_sent_per_gpu: Mapping[str, Any]
@@ -62,6 +64,7 @@ def price(
     tokens_per_step: int,
     layout: Mapping[str, Any],
     fidelity: str = "closed_form",
+    fusion: str = "none",
     since: float | None = None,
 ) -> StepResult:
     """Replay a trace on a cluster.
@@ -69,10 +72,11 @@ def price(
     Args:
         precision: dtype whose peak the utilisation is measured against.
         tokens_per_step: of the whole job.
+        fidelity, fusion: as for `replay`; what is kept in memory does not depend on them.
         since: `perf_counter` when the work on this answer began, if that was before now.
     """
     began = perf_counter() if since is None else since
-    step = replay(trace, cluster, fidelity=fidelity)
+    step = replay(trace, cluster, fidelity=fidelity, fusion=fusion)
     memory = replay_memory(trace, cluster.processor)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * step.forward_flops
     tflops = model_flops / step.step_time_s / 1e12
@@ -83,6 +87,7 @@ def price(
         hardware_tflops_per_gpu=step.executed_flops / step.step_time_s / 1e12,
         mfu=tflops * 1e12 / cluster.processor.peak_flops[precision],
         breakdown_s=step.breakdown_s,
+        communication_s=step.communication_s,
         peak_memory_bytes=_peak(memory, cluster),
         fits=memory.reserved_bytes + cluster.processor.framework_bytes <= cluster.processor.memory_bytes,
         bytes_sent_per_gpu=_sent(step),

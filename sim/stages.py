@@ -18,6 +18,7 @@ from ..collectives.trace import Trace
 from .hardware import Cluster
 from .memory import Memory, replay_memory
 from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
+from .remembered import Remembered
 from .replay import Replay, flops, replay, sent_bytes_by_axis
 from .result import BACKWARD_OVER_FORWARD, StepResult
 from .topology import topology
@@ -43,9 +44,20 @@ class Stage:
         """By cause, of an action in a step of so many micro-batches."""
         return dict(self.replay.phases_s)[phase_name(action, micro_batches)]
 
+    def communication_s(self, name: str) -> Mapping[str, Mapping[str, float]]:
+        """By axis, of a phase."""
+        return dict(self.replay.phases_communication_s)[name]
+
     @property
     def update_s(self) -> Mapping[str, float]:
         return dict(self.replay.phases_s)[UPDATE]
+
+    def with_update_of(self, other: "Stage") -> "Stage":
+        """The same work, and another one's update."""
+        phases = tuple(
+            (name, dict(other.update_s) if name == UPDATE else spent) for name, spent in self.replay.phases_s
+        )
+        return replace(self, replay=replace(self.replay, phases_s=phases))
 
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
         """Of an action on any micro-batch of a step."""
@@ -57,13 +69,22 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
-def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
+_REPLAYS: Remembered[Replay] = Remembered(256)
+"""Steps of other numbers of micro-batches are made of the same flights."""
+
+_MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
+
+
+def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str, fusion: str = "none") -> Stage:
     """Replay the flight of a rank.
 
     Args:
+        fidelity, fusion: as for `replay`.
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = replay(trace, cluster, fidelity=fidelity)
+    played = _REPLAYS.of(
+        trace, (cluster, fidelity, fusion), lambda: replay(trace, cluster, fidelity=fidelity, fusion=fusion)
+    )
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
@@ -74,9 +95,15 @@ def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> St
             forward_flops=flops(counted, forward_only=True),
             executed_flops=flops(counted, forward_only=False),
         ),
-        memory=replay_memory(trace, cluster.processor),
-        resting=_left(trace, cluster, 0),
-        kept_bytes=tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
+        **_MEMORIES.of(
+            trace.segments,  # which traces of the same flight in other meshes have in common
+            (trace.phases, cluster.processor, plan.chunks),
+            lambda: {
+                "memory": replay_memory(trace, cluster.processor),
+                "resting": _left(trace, cluster, 0),
+                "kept_bytes": tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
+            },
+        ),
     )
 
 
@@ -136,6 +163,7 @@ def price_pipeline(
     tokens_per_step: int,
     layout: Mapping[str, Any],
     since: float | None = None,
+    step: PipelineStep | None = None,
 ) -> StepResult:
     """What a step of a pipelined job costs.
 
@@ -145,9 +173,10 @@ def price_pipeline(
         mesh: of the whole job, with an axis "pipeline".
         message_bytes: what a rank sends of a micro-batch to the next stage, and back.
         precision, tokens_per_step, layout, since: as for `price`.
+        step: what the stages make of the plan, if it is known.
     """
     began = perf_counter() if since is None else since
-    step = compose_stages(plan, stages, cluster, mesh, message_bytes)
+    step = step or compose_stages(plan, stages, cluster, mesh, message_bytes)
     memories = [rank_memory(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
     memory = max(memories, key=lambda one: one.total_bytes)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
@@ -161,6 +190,9 @@ def price_pipeline(
         hardware_tflops_per_gpu=executed_flops / step.step_s / 1e12,
         mfu=model_flops / step.step_s / processor.peak_flops[precision],
         breakdown_s=_breakdown(plan, step, stages),
+        communication_s=_communication(
+            plan, step, stages, link_seconds(cluster, mesh, message_bytes)("activation", 0, 1)
+        ),
         peak_memory_bytes={
             **memory.peak,
             "total": memory.total_bytes,
@@ -185,11 +217,12 @@ def compose_stages(
     plan: Plan, stages: Sequence[Stage], cluster: Cluster, mesh: Mesh, message_bytes: int
 ) -> PipelineStep:
     """The step that the stages make of a plan; arguments as for `price_pipeline`."""
-    prices = [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
-    return compose(plan, prices, _link(cluster, mesh, message_bytes))
+    prices = [stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
+    return compose(plan, prices, link_seconds(cluster, mesh, message_bytes))
 
 
-def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+def stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+    """What the actions that a plan has for a rank take, and what follows them."""
     kinds = {(action.kind, action.chunk) for action in plan.actions(rank)}
     return StagePrice(
         actions={place: stage.price(*place, plan.micro_batches_per_step) for place in kinds},
@@ -197,21 +230,53 @@ def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
     )
 
 
+def _busiest(plan: Plan, step: PipelineStep) -> int:
+    """The rank that is idle least."""
+    return min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
+
+
+def _phases(plan: Plan, rank: int) -> Counter[str]:
+    """How often a rank goes through each phase in all of the plan."""
+    per_step = plan.micro_batches_per_step
+    return Counter(
+        phase_name(Action(action.kind, action.chunk, action.micro_batch % per_step), per_step)
+        for action in plan.actions(rank)
+    )
+
+
+def _communication(
+    plan: Plan, step: PipelineStep, stages: Sequence[Stage], message_s: float
+) -> dict[str, dict[str, float]]:
+    """Of the rank that is idle least, by axis.
+
+    Args:
+        message_s: of a message to the next stage. What a rank receives counts where it waits for it.
+    """
+    rank, steps = _busiest(plan, step), plan.micro_batches // plan.micro_batches_per_step
+    found = {axis: dict(parts) for axis, parts in stages[rank].communication_s(UPDATE).items()}
+    for name, times in _phases(plan, rank).items():
+        for axis, parts in stages[rank].communication_s(name).items():
+            for part, seconds in parts.items():
+                found[axis][part] += times * seconds / steps
+    messages = sum(sent_messages(plan, rank).values()) / steps
+    exposed_s = step.ranks[rank].exposed_p2p_s
+    return {**found, "pipeline": {"exposed_s": exposed_s, "hidden_s": max(0.0, messages * message_s - exposed_s)}}
+
+
 def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[str, float]:
     """Of the rank that is idle least, by cause."""
-    rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
-    per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
+    rank, steps = _busiest(plan, step), plan.micro_batches // plan.micro_batches_per_step
     causes = dict(stages[rank].update_s)
-    for action in plan.actions(rank):
-        within = replace(action, micro_batch=action.micro_batch % per_step)
-        for cause, seconds in stages[rank].seconds(within, per_step).items():
-            causes[cause] += seconds / steps
+    phases = dict(stages[rank].replay.phases_s)
+    for name, times in _phases(plan, rank).items():
+        for cause, seconds in phases[name].items():
+            causes[cause] += times * seconds / steps
     causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s
     causes["bubble"] = step.step_s - sum(seconds for cause, seconds in causes.items() if cause != "bubble")
     return causes
 
 
-def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
+def link_seconds(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     """Seconds of a message between pipeline ranks, while all ranks beside them send theirs."""
     tiers = tiers_along(mesh.placement("pipeline"), topology(cluster, mesh.world).tiers)
 

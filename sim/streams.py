@@ -4,9 +4,12 @@ Streams take what the host issues in order, one thing at a time. Computation and
 each other down (they share a GPU's multiprocessors, or a laptop's cores): `Interference` says by how much.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import simpy
 from simpy.events import Event, ProcessGenerator
@@ -24,12 +27,17 @@ class Span:
 
 @dataclass(slots=True)
 class Busy:
-    """What the compute stream has done so far, in seconds; the sum is its clock."""
+    """What the compute stream has done so far, in seconds; the sum is its clock.
+
+    Attributes:
+        exposed_s: what of `exposed_communication` it waited for collectives of each axis.
+    """
 
     compute: float = 0.0
     exposed_communication: float = 0.0
     host: float = 0.0
     offload: float = 0.0
+    exposed_s: dict[str, float] = field(default_factory=dict)
 
 
 class Interference:
@@ -77,6 +85,28 @@ class Interference:
             changed.succeed()
 
 
+class Queue:
+    """What was issued and not yet taken, first in, first out; it costs an event only where the taker has to wait."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self.env = env
+        self._items: deque[Any] = deque()
+        self._filled: Event | None = None
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        if self._filled is not None:
+            self._filled.succeed()
+            self._filled = None
+
+    def take(self) -> ProcessGenerator:
+        """The next item, as a simpy process body; there is one taker."""
+        if not self._items:
+            self._filled = self.env.event()
+            yield self._filled
+        return self._items.popleft()
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Kernels that nothing comes between.
@@ -114,16 +144,16 @@ class ComputeStream:
         self.env, self.interference = env, interference
         self.busy = Busy()
         self.spans: list[Span] | None = [] if record else None
-        self._queue = simpy.Store(env)
+        self._queue = Queue(env)
         env.process(self._serve())
 
     def run(self, run: Run) -> None:
         """Queue kernels that the host begins to issue now."""
         self._queue.put((self._compute, run, self.env.now))
 
-    def wait(self, done: Event, *, offload: bool = False) -> None:
-        """Queue a wait for a collective, or for a copy or work of the host if it is for the sake of offload."""
-        self._queue.put((self._await_offload if offload else self._await, done, self.env.now))
+    def wait(self, done: Event, axis: str | None) -> None:
+        """Queue a wait for a collective of an axis, or for a copy or work of the host (None)."""
+        self._queue.put((self._await_offload if axis is None else partial(self._await, axis), done, self.env.now))
 
     def mark(self, act: Callable[[], object]) -> None:
         """Queue an action that takes no time, such as recording an event."""
@@ -132,7 +162,7 @@ class ComputeStream:
     def _serve(self) -> ProcessGenerator:
         while True:
             idle_since = self.env.now
-            perform, subject, issued_at = yield self._queue.get()
+            perform, subject, issued_at = yield from self._queue.take()
             self.busy.host += self.env.now - idle_since
             yield from perform(subject, issued_at)
 
@@ -144,21 +174,23 @@ class ComputeStream:
         yield from self.interference.work("compute", run.seconds)
         self.busy.host += idle
         self.busy.compute += self.env.now - began - idle
-        if self.spans is not None and run.seconds > 0:
+        if self.spans is not None:
             self._record(run, began + idle)
 
     def _record(self, run: Run, began: float) -> None:
-        stretch = (self.env.now - began) / run.seconds
+        stretch = (self.env.now - began) / run.seconds if run.seconds > 0 else 1.0
         at = began
         assert self.spans is not None
         for name, seconds in run.kernels:
             self.spans.append(Span("compute", name, at, at := at + seconds * stretch))
 
-    def _await(self, done: Event, _: float) -> ProcessGenerator:
+    def _await(self, axis: str, done: Event, _: float) -> ProcessGenerator:
         began = self.env.now
         if not done.processed:
             yield done
-        self.busy.exposed_communication += self.env.now - began
+        waited = self.env.now - began
+        self.busy.exposed_communication += waited
+        self.busy.exposed_s[axis] = self.busy.exposed_s.get(axis, 0.0) + waited
 
     def _await_offload(self, done: Event, _: float) -> ProcessGenerator:
         began = self.env.now
@@ -173,17 +205,22 @@ class ComputeStream:
 
 @dataclass(slots=True)
 class CommunicationStream:
-    """Performs the collectives of one axis in the order in which they were started."""
+    """Performs the collectives of one axis in the order in which they were started.
+
+    Attributes:
+        busy_s: how long it has communicated; one under way counts from its end.
+    """
 
     env: simpy.Environment
     axis: str
     interference: Interference
     record: bool
+    busy_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
-    _queue: simpy.Store = field(init=False)
+    _queue: Queue = field(init=False)
 
     def __post_init__(self) -> None:
-        self._queue = simpy.Store(self.env)
+        self._queue = Queue(self.env)
         self.env.process(self._serve())
 
     def start(self, name: str, seconds: float, after: Event) -> Event:
@@ -194,11 +231,12 @@ class CommunicationStream:
 
     def _serve(self) -> ProcessGenerator:
         while True:
-            name, seconds, after, done = yield self._queue.get()
+            name, seconds, after, done = yield from self._queue.take()
             if not after.processed:
                 yield after
             began = self.env.now
             yield from self.interference.work("communication", seconds)
+            self.busy_s += self.env.now - began
             done.succeed()
             if self.record:
                 self.spans.append(Span(f"communication {self.axis}", name, began, self.env.now))
