@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..sim.hardware import load_cluster
+from ..sim.memory import replay_memory
 from .files import write_csv
+from .layout import Options, resolve
 from .models import ModelSpec
 from .papers import Job, job_of, published_rows
 from .reproduce import Item, Say
-from .simulate import simulate
+from .simulate import flight, simulate
 
 FILE = "korthikanti_2022_selective_recompute.csv"
 TIMES, MEMORY = "Korthikanti Table 5", "Korthikanti Fig 7"
@@ -31,7 +34,9 @@ def layer_activation_bytes(job: Job, *, recompute: str, sequence_parallel: bool)
 
 
 def _peak_activations(model: ModelSpec, cluster: str, options: Mapping[str, Any]) -> int:
-    return simulate(model, cluster, **options).peak_memory_bytes["activations"]
+    machine = load_cluster(cluster)
+    layout = resolve(Options(**options), model, machine)
+    return replay_memory(flight(model, layout), machine.processor).peak["activations"]
 
 
 def time_rows() -> list[dict[str, Any]]:
@@ -45,13 +50,14 @@ def time_rows() -> list[dict[str, Any]]:
 
 def memory_rows() -> list[dict[str, Any]]:
     """Activations of a layer as shares of the baseline's, as published (from formulas) and as simulated."""
-    rows = []
+    rows, baselines = [], {}
     for entry in published_rows(FILE, MEMORY):
         job = job_of(entry)
+        if job.model not in baselines:
+            baselines[job.model] = layer_activation_bytes(job, recompute="none", sequence_parallel=False)
         own = {name: job.options[name] for name in ("recompute", "sequence_parallel")}
-        kept = layer_activation_bytes(job, **own)
-        baseline = layer_activation_bytes(job, recompute="none", sequence_parallel=False)
-        rows.append(_row(job, ACTIVATIONS, float(entry["other_value"]) / 100, kept / baseline))
+        kept = layer_activation_bytes(job, **own) / baselines[job.model]
+        rows.append(_row(job, ACTIVATIONS, float(entry["other_value"]) / 100, kept))
     return rows
 
 
