@@ -7,6 +7,7 @@ torch: each verb imports what it needs.
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -81,6 +82,12 @@ def simulate(
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="The CUDA allocator grows its segments in place.")
+    ] = False,
+    no_remedies: Annotated[
+        bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
+    ] = False,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON.", show_default=False)] = None,
     perfetto: Annotated[Path | None, typer.Option(help="Write a timeline here.", show_default=False)] = None,
@@ -91,12 +98,13 @@ def simulate(
     """Simulate a training step: time, where it goes, memory, bytes."""
     from . import simulate as simulation
     from .files import write_whole
+    from .tables import overflow
 
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
-        "precision": precision, "fidelity": fidelity,
+        "precision": precision, "fidelity": fidelity, "expandable_segments": expandable_segments,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
@@ -106,6 +114,9 @@ def simulate(
     if tokens is not None:
         for answer, result in zip(answers, results, strict=True):
             answer["training"] = {"tokens": tokens, **simulation.training_days(result, tokens)}
+    found = () if no_remedies or len(results) > 1 else _remedies(model, cluster, results[0])
+    for answer in answers:
+        answer["remedies"] = [asdict(remedy) for remedy in found]
     files = _scaling_files(results, out) if len(results) > 1 or out is not None else {}
     if perfetto is not None:
         files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, cluster, results[-1])))
@@ -115,12 +126,22 @@ def simulate(
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
     _show_steps(results, answers)
+    if len(results) == 1 and not results[0].fits:
+        for line in overflow(results[0], found, searched=not no_remedies):
+            print(line)
     for name, path in files.items():
         print(f"{name}: {path}")
 
 
 def _counts(gpus: str | None) -> list[int | None]:
     return [None] if gpus is None else [*_integers("gpus", gpus)]
+
+
+def _remedies(model: str, cluster: str, result: Any) -> tuple[Any, ...]:
+    """Options under which a job fits that does not."""
+    from .remedies import remedies
+
+    return remedies(model, cluster, result, say=_say)
 
 
 def _show_steps(results: list[Any], answers: list[dict[str, Any]]) -> None:

@@ -62,6 +62,7 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    expandable_segments: bool = False
     clip: float = 0.0
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
@@ -96,6 +97,7 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    expandable_segments: bool
     clip: float
     engine: str
 
@@ -139,6 +141,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        expandable_segments=options.expandable_segments,
         clip=options.clip,
         engine=options.engine,
     )

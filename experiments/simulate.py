@@ -67,6 +67,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        expandable_segments=layout.expandable_segments,
         since=began,
     )
 
@@ -119,7 +120,8 @@ def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult)
         return pipeline_timeline(spec, layout, machine)
     trace = flight(spec, layout)
     step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
-    return to_json(step.spans, replay_memory(trace, machine.processor))
+    memory = replay_memory(trace, machine.processor, expandable_segments=layout.expandable_segments)
+    return to_json(step.spans, memory)
 
 
 def saved_trace(model: str | ModelSpec, result: StepResult) -> str:

@@ -1,0 +1,319 @@
+"""Bytes in use on a pipeline rank: its flight, played in the order of the plan.
+
+A flight does its micro-batches one at a time (engine/stage_flight.py). Here each action of the plan takes and gives
+back what its phase of the flight did, so that as much is in flight as the schedule says, in its order, on the
+allocator of the device. Which storage an action gives back follows from the flight: that of the same micro-batch, or
+of as many micro-batches before it. Where the plan's order has not made that one yet, the oldest one that is there goes
+instead, and what is left over goes after the update: never fewer bytes than the rank holds.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..collectives.pipeline import (
+    CLASSES,
+    FORWARD,
+    UPDATE,
+    Action,
+    Plan,
+    Recv,
+    kept,
+    messages,
+    peak_in_flight,
+    phase_name,
+)
+from ..collectives.pipeline_messages import prefetch, with_communication
+from ..collectives.pipeline_rehearsal import rehearsal
+from ..collectives.pipeline_schedules import schedule
+from ..collectives.trace import CATEGORIES, Alloc, Phase, Trace
+from .hardware import Processor
+from .memory import Ledger, Memory
+from .storages import Moment, Tiers, moments
+
+STEADY = 2
+"""The step of a flight that is played in the order of the plan."""
+
+
+class Slot(NamedTuple):
+    """A place in the program where every micro-batch makes a storage.
+
+    Attributes:
+        work: the phase less the class of its micro-batch, e.g. "forward 0".
+        run: which run of the segment at its block in the phase.
+    """
+
+    work: str
+    key: str
+    block: int
+    run: int
+    position: int
+
+
+class Change(NamedTuple):
+    """A storage comes or goes in a phase.
+
+    Attributes:
+        offset: number of the op in the phase.
+        slot: where it is made; None outside of the actions of the steady step.
+        behind: of one that goes: how many micro-batches before it was made. None: it goes outside of the actions.
+        lasts: a flight never gives it back.
+    """
+
+    offset: int
+    moment: Moment
+    slot: Slot | None
+    behind: int | None
+    lasts: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFlight:
+    """The flight of a rank, ready to be played.
+
+    Attributes:
+        changes: by phase of the trace, what comes and goes, in order.
+        lengths: by phase, how many ops it has.
+        resting: bytes by category between steps.
+        kept_bytes: by chunk, what a forward leaves behind until its backward has ended.
+    """
+
+    trace: Trace
+    changes: tuple[tuple[Change, ...], ...]
+    lengths: tuple[int, ...]
+    resting: Mapping[str, int]
+    kept_bytes: tuple[int, ...]
+
+
+def read_flight(trace: Trace, chunks: int) -> StageFlight:
+    """A flight taken apart.
+
+    Args:
+        trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
+        chunks: of the rank.
+    """
+    seen = list(moments(trace))
+    lengths = [sum(len(trace.segments[call.segment]) for call in phase.calls) for phase in trace.phases]
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    numbers = _flown_numbers(trace.phases)
+    slots = _slots(trace, seen, numbers)
+    made = {moment.storage: moment.phase for moment in seen if moment.comes}
+    gone = {moment.storage for moment in seen if not moment.comes}
+    changes: list[list[Change]] = [[] for _ in trace.phases]
+    for moment in seen:
+        now, then = numbers[moment.phase], numbers[made[moment.storage]]
+        changes[moment.phase].append(
+            Change(
+                offset=moment.number - starts[moment.phase],
+                moment=moment,
+                slot=slots.get(moment.storage),
+                behind=None if now is None or then is None else now - then,
+                lasts=moment.storage not in gone,
+            )
+        )
+    after = _bytes_after(changes)
+    forwards = [_last(trace.phases, phase_name(Action(FORWARD, chunk, 0), 1)) for chunk in range(chunks)]
+    return StageFlight(
+        trace=trace,
+        changes=tuple(map(tuple, changes)),
+        lengths=tuple(lengths),
+        resting=after[_begin(trace.phases) - 1],
+        kept_bytes=tuple(sum(after[number].values()) - sum(after[number - 1].values()) for number in forwards),
+    )
+
+
+def _begin(phases: Sequence[Phase]) -> int:
+    return next(number for number, phase in enumerate(phases) if phase.step == STEADY)
+
+
+def _last(phases: Sequence[Phase], name: str) -> int:
+    return max(number for number, phase in enumerate(phases) if phase.name == name)
+
+
+def _flown_numbers(phases: Sequence[Phase]) -> list[int | None]:
+    """By phase, which of the flown micro-batches it is of; None if it is no action of the steady step."""
+    classes = [(phase.step == STEADY and len(words := phase.name.split()) == 3 and words[1]) for phase in phases]
+    flown = [name for name in CLASSES if name in classes]
+    return [flown.index(name) if name in flown else None for name in classes]
+
+
+def _slots(trace: Trace, seen: Sequence[Moment], numbers: Sequence[int | None]) -> dict[int, Slot]:
+    """Of the storages that are made in the actions of the steady step."""
+    slots: dict[int, Slot] = {}
+    runs: dict[tuple[int, str, int], list[int]] = defaultdict(list)  # numbers of the ops before each run
+    for moment in seen:
+        if moment.comes and numbers[moment.phase] is not None:
+            key, block = moment.call.key, moment.call.block
+            begun = runs[moment.phase, key, block]
+            if moment.number - moment.position not in begun:
+                begun.append(moment.number - moment.position)
+            kind, _, chunk = trace.phases[moment.phase].name.split()
+            slots[moment.storage] = Slot(f"{kind} {chunk}", key, block, len(begun) - 1, moment.position)
+    return slots
+
+
+def _bytes_after(changes: Sequence[Sequence[Change]]) -> list[dict[str, int]]:
+    """By phase, bytes by category when it has ended."""
+    now: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+    after = []
+    for of_phase in changes:
+        for change in of_phase:
+            if change.moment.alloc.tier == "device":
+                alloc = change.moment.alloc
+                now[alloc.category] += alloc.nbytes if change.moment.comes else -alloc.nbytes
+        after.append(dict(now))
+    return after
+
+
+def rank_memory(
+    plan: Plan,
+    rank: int,
+    flight: StageFlight,
+    processor: Processor,
+    message_bytes: int,
+    *,
+    expandable_segments: bool = False,
+) -> Memory:
+    """What a pipeline rank uses in a step of the plan.
+
+    What it receives lands in buffers that are used again: as many as it needs at once, of which the flight has those
+    for one micro-batch. A schedule without a flush keeps older versions of the parameters besides.
+
+    Args:
+        plan: with its messages.
+        message_bytes: what a rank receives of a micro-batch from its neighbour.
+    """
+    player = _Player(flight, Ledger(flight.trace, processor, expandable_segments=expandable_segments))
+    begin = _begin(flight.trace.phases)
+    for number in range(begin):
+        player.perform(number, None)
+    buffers = received_at_once(plan, rank) - received_at_once(_flown_plan(plan), rank)
+    player.stand("received", [Alloc(message_bytes, "activations")] * max(0, buffers))
+    versions = schedule(plan.schedule).weight_versions - 1
+    player.stand("version", [Alloc(flight.resting["parameters"], "parameters")] * versions)
+    if flight.trace.phases[begin].name == "begin":
+        player.perform(begin, None)
+    player.play(shortened(plan, rank), rank)
+    return player.ledger.memory(player.elsewhere.most)
+
+
+def _flown_plan(plan: Plan) -> Plan:
+    """The plan of the flight, with its messages."""
+    return prefetch(with_communication(rehearsal(plan, min(plan.micro_batches_per_step, len(CLASSES)))))
+
+
+def received_at_once(plan: Plan, rank: int) -> int:
+    """How many buffers a rank's messages need at most: each from its receive's post to the end of the backward."""
+    held: Counter[tuple[int, int]] = Counter()
+    most = 0
+    for item in plan.programs[rank]:
+        if isinstance(item, Action) and kept(item) < 0:
+            del held[item.chunk, item.micro_batch]
+        held.update((each.chunk, each.micro_batch) for each in messages(item) if isinstance(each, Recv))
+        most = max(most, held.total())
+    return most
+
+
+def hungriest(plan: Plan, ranks: Sequence[int], flight: StageFlight) -> int:
+    """Of ranks with equal flights, the one whose plan keeps the most bytes of activations at once."""
+
+    def most(rank: int) -> int:
+        now = highest = 0
+        for action in plan.actions(rank):
+            now += kept(action) * flight.kept_bytes[action.chunk]
+            highest = max(highest, now)
+        return highest
+
+    return max(ranks, key=most)
+
+
+def shortened(plan: Plan, rank: int) -> Plan:
+    """A plan of fewer micro-batches under which a rank keeps as much at once; the given one if there is none.
+
+    A rank that has filled up repeats itself: two rounds of micro-batches show what many do.
+    """
+    fewer = max(2 * plan.ranks, len(CLASSES))
+    if not plan.flushes or plan.micro_batches <= fewer:
+        return plan
+    short = schedule(plan.schedule).plan(plan.ranks, fewer, plan.chunks)
+    return short if peak_in_flight(short)[rank] == peak_in_flight(plan)[rank] else plan
+
+
+class _Player:
+    """Plays the phases of a flight in any order."""
+
+    def __init__(self, flight: StageFlight, ledger: Ledger) -> None:
+        self.flight, self.ledger = flight, ledger
+        self.elsewhere = Tiers()
+        self._live: dict[Slot, dict[int, tuple[Slot, int]]] = defaultdict(dict)  # by micro-batch, the oldest first
+        self._number = 0
+
+    def play(self, plan: Plan, rank: int) -> None:
+        """The actions of a rank, and the update after each step of them."""
+        phases, per_step = self.flight.trace.phases, plan.micro_batches_per_step
+        steady = {phase.name: number for number, phase in enumerate(phases) if phase.step == STEADY}
+        done = 0
+        for action in plan.actions(rank):
+            within = replace(action, micro_batch=action.micro_batch % per_step)
+            self.perform(steady[phase_name(within, per_step)], action.micro_batch)
+            done += kept(action) < 0
+            if kept(action) < 0 and done % (plan.chunks * per_step) == 0:
+                self.perform(steady[UPDATE], None)
+                self._drop_rest(done // plan.chunks)
+
+    def stand(self, name: str, allocs: Sequence[Alloc]) -> None:
+        """What is there for the whole step, though the flight does not show it."""
+        for number, alloc in enumerate(allocs):
+            self.ledger.take(self._number, (name, number), alloc)
+
+    def perform(self, index: int, micro_batch: int | None) -> None:
+        """Take and give back what a phase does.
+
+        Args:
+            micro_batch: that an action is for.
+        """
+        phase = self.flight.trace.phases[index]
+        if phase.step > 0:
+            self.ledger.begin()
+        self.ledger.enter(self._number + 1, phase.name, micro_batch)
+        for change in self.flight.changes[index]:
+            if change.moment.alloc.tier != "device":
+                self.elsewhere.change(change.moment)
+            elif change.moment.comes:
+                self._take(change, micro_batch)
+            else:
+                self._give(change, micro_batch)
+        self._number += self.flight.lengths[index]
+
+    def _take(self, change: Change, micro_batch: int | None) -> None:
+        number, moment = self._number + change.offset, change.moment
+        if change.slot is None or micro_batch is None:
+            self.ledger.take(number, moment.storage, moment.alloc, moment)
+            return
+        if change.lasts:  # the flight has one of it, however many micro-batches there are
+            self._give_all(number, change.slot)
+        key = self._live[change.slot][micro_batch] = (change.slot, micro_batch)
+        self.ledger.take(number, key, moment.alloc, moment)
+
+    def _give(self, change: Change, micro_batch: int | None) -> None:
+        number = self._number + change.offset
+        if change.slot is None:
+            if self.ledger.holds(change.moment.storage):  # one for all micro-batches goes with the first that is done
+                self.ledger.give(number, change.moment.storage)
+        elif micro_batch is None or change.behind is None:
+            self._give_all(number, change.slot)
+        elif there := self._live[change.slot]:
+            wanted = micro_batch - change.behind
+            self.ledger.give(number, there.pop(wanted if wanted in there else next(iter(there))))
+
+    def _give_all(self, number: int, slot: Slot) -> None:
+        for key in self._live.pop(slot, {}).values():
+            self.ledger.give(number, key)
+
+    def _drop_rest(self, micro_batches: int) -> None:
+        """What the actions of the first so many made and none gave back, but for what lasts in the flight, too."""
+        lasting = {change.slot for of_phase in self.flight.changes for change in of_phase if change.lasts}
+        for slot, there in self._live.items():
+            for number in [number for number in there if number < micro_batches and slot not in lasting]:
+                self.ledger.give(self._number, there.pop(number))
