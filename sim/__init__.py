@@ -17,6 +17,7 @@ framework   what a process takes outside of the allocator: the context, buffers 
 memory      bytes in use through the step, by category, what the allocator holds for them, the first request too many
 stage_memory  bytes in use on a pipeline rank: its flight played in the order of the plan
 streams     a device's streams as simpy processes, and how they disturb each other
+remembered  results that belong to a large value, found again by its identity
 replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make

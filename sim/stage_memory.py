@@ -10,6 +10,7 @@ instead, and what is left over goes after the update: never fewer bytes than the
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from ..collectives.pipeline import (
@@ -21,7 +22,6 @@ from ..collectives.pipeline import (
     Recv,
     kept,
     messages,
-    peak_in_flight,
     phase_name,
 )
 from ..collectives.pipeline_messages import prefetch, with_communication
@@ -237,7 +237,11 @@ def shortened(plan: Plan, rank: int) -> Plan:
     if not plan.flushes or plan.micro_batches <= fewer:
         return plan
     short = schedule(plan.schedule).plan(plan.ranks, fewer, plan.chunks)
-    return short if peak_in_flight(short)[rank] == peak_in_flight(plan)[rank] else plan
+    return short if _most_in_flight(short, rank) == _most_in_flight(plan, rank) else plan
+
+
+def _most_in_flight(plan: Plan, rank: int) -> int:
+    return max(accumulate(map(kept, plan.actions(rank))), default=0)
 
 
 class _Player:

@@ -17,6 +17,7 @@ from ..collectives.trace import Trace
 from .hardware import Cluster
 from .memory import Memory
 from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
+from .remembered import Remembered
 from .replay import Replay, flops, replay, sent_bytes_by_axis
 from .result import BACKWARD_OVER_FORWARD, StepResult, peak_memory
 from .stage_memory import StageFlight, hungriest, rank_memory, read_flight
@@ -53,6 +54,11 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
+_FLIGHTS: Remembered[StageFlight] = Remembered(64)
+_MEMORIES: Remembered[Memory] = Remembered(64)
+"""Layouts that differ in what memory does not ask for are played once."""
+
+
 def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
     """Replay the flight of a rank.
 
@@ -70,7 +76,7 @@ def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> St
             forward_flops=flops(counted, forward_only=True),
             executed_flops=flops(counted, forward_only=False),
         ),
-        flight=read_flight(trace, plan.chunks),
+        flight=_FLIGHTS.of(trace, plan.chunks, lambda: read_flight(trace, plan.chunks)),
     )
 
 
@@ -80,18 +86,19 @@ def stage_memories(
     """Of each distinct stage, what the rank uses that keeps most in flight; arguments as for `price_pipeline`."""
     ranks: dict[int, list[int]] = {}
     for rank, stage in enumerate(stages):
-        ranks.setdefault(id(stage), []).append(rank)
-    return [
-        rank_memory(
-            plan,
-            hungriest(plan, alike, stages[alike[0]].flight),
-            stages[alike[0]].flight,
-            cluster.processor,
-            message_bytes,
-            expandable_segments=expandable_segments,
-        )
-        for alike in ranks.values()
-    ]
+        ranks.setdefault(id(stage.flight), []).append(rank)
+    named = (plan.schedule, plan.ranks, plan.micro_batches, plan.chunks)  # which is all that tells plans apart
+
+    def of(alike: list[int]) -> Memory:
+        flight, processor = stages[alike[0]].flight, cluster.processor
+
+        def play() -> Memory:
+            rank = hungriest(plan, alike, flight)
+            return rank_memory(plan, rank, flight, processor, message_bytes, expandable_segments=expandable_segments)
+
+        return _MEMORIES.of(flight, (named, tuple(alike), processor, message_bytes, expandable_segments), play)
+
+    return [of(alike) for alike in ranks.values()]
 
 
 def price_pipeline(
