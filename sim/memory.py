@@ -178,7 +178,8 @@ class Ledger:
         self._marks: list[tuple[int, str]] = []
         self._excess: Excess | None = None
         self._training = False
-        self._phase, self._micro_batch = "initialize", None
+        self._phase = "initialize"
+        self._micro_batch: int | None = None
 
     def begin(self) -> None:
         """Training begins: the device's limit counts, and peaks do."""
