@@ -2,12 +2,12 @@
 
 A flight does its micro-batches one at a time (engine/stage_flight.py). Here each action of the plan takes and gives
 back what its phase of the flight did, so that as much is in flight as the schedule says, in its order, on the
-allocator of the device. Which storage an action gives back follows from the flight: that of the same micro-batch, or
-of as many micro-batches before it. Where the plan's order has not made that one yet, the oldest one that is there goes
-instead, and what is left over goes after the update: never fewer bytes than the rank holds.
+allocator of the device. Of what a place in the program makes for every micro-batch, an action gives back the oldest
+that is there, since backwards come in the order of the forwards; what is not there yet is not given back, so that there
+are never fewer bytes than the rank holds.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -57,14 +57,12 @@ class Change(NamedTuple):
     Attributes:
         offset: number of the op in the phase.
         slot: where it is made; None outside of the actions of the steady step.
-        behind: of one that goes: how many micro-batches before it was made. None: it goes outside of the actions.
         lasts: a flight never gives it back.
     """
 
     offset: int
     moment: Moment
     slot: Slot | None
-    behind: int | None
     lasts: bool
 
 
@@ -96,19 +94,15 @@ def read_flight(trace: Trace, chunks: int) -> StageFlight:
     seen = list(moments(trace))
     lengths = [sum(len(trace.segments[call.segment]) for call in phase.calls) for phase in trace.phases]
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    numbers = _flown_numbers(trace.phases)
-    slots = _slots(trace, seen, numbers)
-    made = {moment.storage: moment.phase for moment in seen if moment.comes}
+    slots = _slots(trace, seen)
     gone = {moment.storage for moment in seen if not moment.comes}
     changes: list[list[Change]] = [[] for _ in trace.phases]
     for moment in seen:
-        now, then = numbers[moment.phase], numbers[made[moment.storage]]
         changes[moment.phase].append(
             Change(
                 offset=moment.number - starts[moment.phase],
                 moment=moment,
                 slot=slots.get(moment.storage),
-                behind=None if now is None or then is None else now - then,
                 lasts=moment.storage not in gone,
             )
         )
@@ -131,25 +125,26 @@ def _last(phases: Sequence[Phase], name: str) -> int:
     return max(number for number, phase in enumerate(phases) if phase.name == name)
 
 
-def _flown_numbers(phases: Sequence[Phase]) -> list[int | None]:
-    """By phase, which of the flown micro-batches it is of; None if it is no action of the steady step."""
-    classes = [(phase.step == STEADY and len(words := phase.name.split()) == 3 and words[1]) for phase in phases]
-    flown = [name for name in CLASSES if name in classes]
-    return [flown.index(name) if name in flown else None for name in classes]
+def _work(phase: Phase) -> str | None:
+    """Kind and chunk of an action of the steady step; None if it is none."""
+    words = phase.name.split()
+    action = phase.step == STEADY and len(words) == len(("kind", "class", "chunk")) and words[1] in CLASSES
+    return f"{words[0]} {words[2]}" if action else None
 
 
-def _slots(trace: Trace, seen: Sequence[Moment], numbers: Sequence[int | None]) -> dict[int, Slot]:
+def _slots(trace: Trace, seen: Sequence[Moment]) -> dict[int, Slot]:
     """Of the storages that are made in the actions of the steady step."""
+    works = [_work(phase) for phase in trace.phases]
     slots: dict[int, Slot] = {}
     runs: dict[tuple[int, str, int], list[int]] = defaultdict(list)  # numbers of the ops before each run
     for moment in seen:
-        if moment.comes and numbers[moment.phase] is not None:
+        work = works[moment.phase]
+        if moment.comes and work is not None:
             key, block = moment.call.key, moment.call.block
             begun = runs[moment.phase, key, block]
             if moment.number - moment.position not in begun:
                 begun.append(moment.number - moment.position)
-            kind, _, chunk = trace.phases[moment.phase].name.split()
-            slots[moment.storage] = Slot(f"{kind} {chunk}", key, block, len(begun) - 1, moment.position)
+            slots[moment.storage] = Slot(work, key, block, len(begun) - 1, moment.position)
     return slots
 
 
@@ -250,7 +245,7 @@ class _Player:
     def __init__(self, flight: StageFlight, ledger: Ledger) -> None:
         self.flight, self.ledger = flight, ledger
         self.elsewhere = Tiers()
-        self._live: dict[Slot, dict[int, tuple[Slot, int]]] = defaultdict(dict)  # by micro-batch, the oldest first
+        self._live: dict[Slot, deque[tuple[Slot, int]]] = defaultdict(deque)  # keys of the ledger, the oldest first
         self._number = 0
 
     def play(self, plan: Plan, rank: int) -> None:
@@ -264,7 +259,6 @@ class _Player:
             done += kept(action) < 0
             if kept(action) < 0 and done % (plan.chunks * per_step) == 0:
                 self.perform(steady[UPDATE], None)
-                self._drop_rest(done // plan.chunks)
 
     def stand(self, name: str, allocs: Sequence[Alloc]) -> None:
         """What is there for the whole step, though the flight does not show it."""
@@ -297,7 +291,8 @@ class _Player:
             return
         if change.lasts:  # the flight has one of it, however many micro-batches there are
             self._give_all(number, change.slot)
-        key = self._live[change.slot][micro_batch] = (change.slot, micro_batch)
+        key = (change.slot, micro_batch)
+        self._live[change.slot].append(key)
         self.ledger.take(number, key, moment.alloc, moment)
 
     def _give(self, change: Change, micro_batch: int | None) -> None:
@@ -305,19 +300,11 @@ class _Player:
         if change.slot is None:
             if self.ledger.holds(change.moment.storage):  # one for all micro-batches goes with the first that is done
                 self.ledger.give(number, change.moment.storage)
-        elif micro_batch is None or change.behind is None:
+        elif micro_batch is None:
             self._give_all(number, change.slot)
-        elif there := self._live[change.slot]:
-            wanted = micro_batch - change.behind
-            self.ledger.give(number, there.pop(wanted if wanted in there else next(iter(there))))
+        elif self._live[change.slot]:
+            self.ledger.give(number, self._live[change.slot].popleft())
 
     def _give_all(self, number: int, slot: Slot) -> None:
-        for key in self._live.pop(slot, {}).values():
+        for key in self._live.pop(slot, ()):
             self.ledger.give(number, key)
-
-    def _drop_rest(self, micro_batches: int) -> None:
-        """What the actions of the first so many made and none gave back, but for what lasts in the flight, too."""
-        lasting = {change.slot for of_phase in self.flight.changes for change in of_phase if change.lasts}
-        for slot, there in self._live.items():
-            for number in [number for number in there if number < micro_batches and slot not in lasting]:
-                self.ledger.give(self._number, there.pop(number))

@@ -78,6 +78,20 @@ def test_a_block_is_split_and_comes_back_whole() -> None:
     assert [block.nbytes for block in memory.free_blocks()] == [LARGE]
 
 
+@pytest.mark.parametrize("live", [0, 1, 2])
+def test_a_segment_with_a_block_in_use_stays(live: int) -> None:
+    memory = allocator()
+    blocks = [memory.allocate(6 * MIB) for _ in range(3)]
+    for number, block in enumerate(blocks):
+        if number != live:
+            memory.free(block)
+    memory.empty_cache()
+    assert memory.reserved_bytes == LARGE
+    memory.free(blocks[live])
+    memory.empty_cache()
+    assert memory.reserved_bytes == 0
+
+
 def test_fragmentation() -> None:
     """Free bytes that do not lie together do not help: a classic of activations of several sizes."""
     memory = allocator()
