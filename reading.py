@@ -8,8 +8,12 @@ import json
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -46,13 +50,21 @@ def read_into(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     Raises:
         ValueError: one line with `where`, the field, the value and what is allowed; an unknown key shows the nearest.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data, default=str))
+        return _adapter(kind).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {_sentence(kind, first)}") from None
+
+
+@cache
+def _adapter(kind: type[T]) -> "TypeAdapter[T]":
+    """The checker of a dataclass; making one takes longer than using it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _sentence(kind: type, error: Any) -> str:

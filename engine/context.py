@@ -17,7 +17,7 @@ thread. So the mode goes around each block's own forward, which recomputation ca
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from math import sqrt
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .blockwise import AllGather, Blockwise, Passage, Ring
 from .communicator import Communicator
@@ -90,30 +90,45 @@ class ContextParallel:
 
         here: tuple[Any, ...] = tree_map(visit, arguments)
         named: dict[str, Any] = tree_map(visit, dict(keywords))
+        self._check_tokens(sizes)
+        if POSITIONS not in named:
+            named[POSITIONS] = next(iter(sizes.values()))[None]
+        return here, named
+
+    def tokens(self, batch: Any) -> int:
+        """How many each sequence of a batch has.
+
+        Raises:
+            ValueError: as `cut`.
+        """
+        sizes = {value.shape[1] for value in tree_leaves(batch) if _is_tokens(value)}
+        self._check_tokens(sizes)
+        return int(sizes.pop())
+
+    def _check_tokens(self, sizes: Collection[int]) -> None:
         if len(sizes) != 1:
             raise ValueError(
                 f"parallel.context = {self.group.world}: a batch has integer tensors of {sorted(sizes) or 'no'} tokens;"
                 " allowed: one or more [batch, tokens, ...] with the same number of tokens"
             )
-        if POSITIONS not in named:
-            named[POSITIONS] = next(iter(sizes.values()))[None]
-        return here, named
 
     # Attention #
 
-    def install(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Have the attention of a model done across ranks: see [Note: where attention is replaced].
+    def check_positions(self, forwards: Iterable[Callable[..., Any]], lacks: str) -> None:
+        """That one of the forwards of a model can be told the positions of its tokens.
 
         Raises:
-            ValueError: the model cannot be told the positions of its tokens.
+            ValueError: none of them, as `lacks` says.
         """
-        accepted = inspect.signature(model.forward).parameters.values()
-        if not any(p.name == POSITIONS or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted):
+        if not any(map(takes_positions, forwards)):
             raise ValueError(
-                f"parallel.context = {self.group.world}: {type(model).__name__}.forward has no argument {POSITIONS!r},"
-                " so it would take each rank's first token for the first of its sequence; add the argument, an int64"
-                " tensor [1, tokens], or train with parallel.context = 1"
+                f"parallel.context = {self.group.world}: {lacks} {POSITIONS!r}, so each rank's first token would pass"
+                " for the first of its sequence; add the argument, an int64 tensor [1, tokens], or train with"
+                " parallel.context = 1"
             )
+
+    def install(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Have the attention of a model done across ranks: see [Note: where attention is replaced]."""
         for module in (model, *blocks):
             module.forward = self._around(module.forward)
 
@@ -191,6 +206,13 @@ class ContextParallel:
         )
         out: Tensor = ToTokens.apply(self.group, mixed)
         return out
+
+
+def takes_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a forward may be called with the positions of its tokens."""
+    called = forward.forward if isinstance(forward, nn.Module) else forward
+    accepted = inspect.signature(called).parameters.values()
+    return any(p.name == POSITIONS or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted)
 
 
 def repeats(heads: int, shared: int, ranks: int) -> int:

@@ -222,7 +222,10 @@ class Engine(Queries, Saves, nn.Module):
         if settings.redundancy.expert_ranks > 1:
             with communicator.observer.category("parameters"):
                 spread_experts(model, groups.axis("expert"))
+        shape = settings.parallelism
         self.context: ContextParallel | None = None
+        if groups.axis("context").world > 1:
+            self.context = ContextParallel(groups.axis("context"), shape.context_attention, shape.context_placement)
         self.tiers: Tiers | None = None
         self._device_mesh: DeviceMesh | None = None
         if settings.placement.moves:
@@ -251,11 +254,9 @@ class Engine(Queries, Saves, nn.Module):
         narrow_buffers(model, settings, self.groups)
         runtime = ZeroRuntime(model, blocks, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         runtime.before_backward = self._check_loss
-        if self.groups.axis("context").world > 1:
-            shape = settings.parallelism
-            context = ContextParallel(self.groups.axis("context"), shape.context_attention, shape.context_placement)
-            context.install(model, blocks)
-            self.context = context
+        if self.context is not None:
+            self.context.check_positions([model.forward], f"{type(model).__name__}.forward has no argument")
+            self.context.install(model, blocks)
         self.recompute = recompute_blocks(
             model,
             blocks,

@@ -50,7 +50,8 @@ def flat_units(
         gradients = DTYPES.get(settings.formats.gradients, dtype)
         unit = FlatUnit(part, settings.zero, groups.of(part.role), dtype, observer, gradients)
         groups.replicate([unit.full], part.role)
-        unit.take_shard(tiers, layout_of.get(part))
+        # The gradients of what stages share are summed on the device, after those of all micro-batches.
+        unit.take_shard(tiers, None if unit.groups.sums_beside else layout_of.get(part))
         flat.append(unit)
     return blocks, flat
 

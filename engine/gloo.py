@@ -231,10 +231,12 @@ class GlooCommunicator(Communicator):
         self._signal.put(False)
         self._thread.join(self.timeout_s)
         self.transport.close(failed=self._failure is not None)
-        self.letterboxes.close(failed=self._failure is not None)
-        if self.owner:
-            dist.destroy_process_group(self.group)
-            self.owner = False
+        try:
+            self.letterboxes.close(failed=self._failure is not None)
+        finally:
+            if self.owner:
+                dist.destroy_process_group(self.group)
+                self.owner = False
 
     def release_buffers(self) -> None:
         self.transport.release_buffers()

@@ -13,6 +13,7 @@ to a channel with larger ones. What is larger than LARGEST_BYTES goes through Gl
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,11 +109,25 @@ class Letterboxes:
             time.sleep(LONGEST_NAP_S)
 
     def close(self, failed: bool = False) -> None:
-        """Give back the channels once their receivers have read them, or at once if they never will."""
+        """Give back the channels once their receivers have read them, or at once if they never will.
+
+        Raises:
+            CommunicationError: a receiver did not read what was sent to it within the time limit.
+        """
         deadline = time.monotonic() + (0 if failed else self.timeout_s)
         for box in self._outward.values():
             while not box.drained() and time.monotonic() < deadline:
                 time.sleep(LONGEST_SLEEP_S)
+        unread = sorted(self.names[peer] for peer, box in self._outward.items() if not box.drained())
+        self._give_back()
+        if unread and not failed:
+            peers = ", ".join(map(str, unread))
+            raise CommunicationError(
+                f"messages from rank {self.names[self.rank]} were never received by rank {peers}: waited"
+                f" {self.timeout_s:g} s when closing"
+            )
+
+    def _give_back(self) -> None:
         self._closed = True
         self._in_line.set()
         if self._thread is not None:
@@ -136,7 +151,7 @@ class _Letter:
         self.done = False
 
 
-class _Box:
+class _Box(ABC):
     """One end of what goes from one rank to another, in order."""
 
     def __init__(self, path: Path) -> None:
@@ -156,9 +171,9 @@ class _Box:
         self._letters.append(letter)
         return letter
 
+    @abstractmethod
     def _open(self, slot_bytes: int) -> Channel | None:
         """The channel with such slots, if it is there."""
-        raise NotImplementedError
 
     def _name(self, slot_bytes: int) -> Path:
         return self._path.with_name(f"{self._path.name}-{slot_bytes}")

@@ -90,12 +90,6 @@ class Parallelism:
                 f"{where}: parallel.expert = {section.expert} and parallel.context = {section.context}; allowed: one of"
                 " them, because experts are spread over ranks with samples of their own"
             )
-        for name in ("expert", "context"):
-            if getattr(section, name) > 1 and sizes["pipeline"] > 1:
-                raise ValueError(
-                    f"{where}: parallel.{name} = {getattr(section, name)} and pipeline_size = {sizes['pipeline']};"
-                    " allowed: one of them"
-                )
         stated = {"dp_size": dp_size, "mp_size": sizes["tensor"], "pipeline_size": sizes["pipeline"]}
         for key, size in (stated | {"parallel.context": section.context}).items():
             if size is not None and size < 1:

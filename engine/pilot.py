@@ -30,12 +30,14 @@ class StageToFly:
         rank: its place in the pipeline.
         blocks: repeated blocks that it has.
         shape, dtype: of the tensor that one stage hands to the next.
+        tokens: of a whole sequence.
     """
 
     rank: int
     blocks: int
     shape: tuple[int, ...]
     dtype: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,8 @@ class PipelineEngine(Engine):
     def _cut(self, model: nn.Module) -> list[Chunk]:
         """All chunks of the model; what several ranks share is marked, and these ranks are joined."""
         layers, plan, section = layers_of(model), self.plan, self.settings.pipeline
+        if self.context is not None:
+            self.context.check_positions([each.forward for each in layers], f"no layer of {type(model).__name__} takes")
         in_flight = in_flight_by_stage(plan)
         if section.partition == "layers":
             self.bounds = bounds_as_given(section.layers, plan.stages, len(layers))
@@ -113,10 +115,12 @@ class PipelineEngine(Engine):
         inside = set(chunk.modules())
         groups = [{**g, "params": [p for p in g["params"] if p in mine]} for g in pattern.param_groups]
         own = [block for block in blocks if block in inside]
-        owners, flat = flat_units(chunk, settings, self.groups, pattern, groups, own)
+        owners, flat = flat_units(chunk, settings, self.groups, pattern, groups, own, self.tiers)
         runtime = ChunkRuntime(chunk, owners, flat, settings.zero, self.groups, settings.accumulation, settings.buffers)
         if any(action.kind == "W" for action in self.plan.actions(self.pipeline.rank)):
             runtime.defer_weights()
+        if self.context is not None:
+            self.context.install(chunk, own)
         if owners:
             self.recompute = recompute_blocks(
                 chunk,
@@ -181,6 +185,7 @@ class PipelineEngine(Engine):
     def _play(self, plan: Plan, data_iter: Iterator[Any] | None) -> list[Tensor]:
         inputs, targets = self._read(data_iter)
         if self._held is None:
+            self._place_tokens()
             self._held = Held(self._chunks, self._stages.chunks, *self._learn_formats(inputs.get(0, ())))
         duties = Duties(self._loss, self.scale_loss, self._around, self._announce)
         player = Player(plan, self._held, self.pipeline, duties, inputs, targets, self._spare)
@@ -192,6 +197,19 @@ class PipelineEngine(Engine):
         """What each chunk of this rank takes and gives, from the inputs of the first one."""
         with torch.no_grad(), self._autocast():
             return learn_formats(self._chunks, self.plan, self.pipeline, inputs, self.device)
+
+    def _place_tokens(self) -> None:
+        """Tell each chunk where this rank's tokens stand in their sequences, if ranks share these."""
+        if self.context is not None:
+            positions = self.context.positions(self._sequence_tokens(), self.device)[None]
+            for chunk in self._chunks:
+                chunk.place_tokens(positions)
+
+    def _sequence_tokens(self) -> int:
+        """Of a whole sequence: only the ends of the model have seen one."""
+        tokens = torch.tensor([self._tokens], device=self.device)
+        self.pipeline.all_reduce(tokens, "tokens of a sequence", largest=True, scalar=True).wait()
+        return int(tokens)
 
     def _announce(self, action: Action | None) -> None:
         """An action of this rank comes now; None: all are done. Flights listen."""
@@ -214,6 +232,9 @@ class PipelineEngine(Engine):
             if self.monitor is not None and last:
                 self.monitor.saw(batch[0])
             placed = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+            if self.context is not None:
+                self._tokens = self.context.tokens(placed)
+                placed, _ = self.context.cut(tuple(placed), {})
             inputs[number], targets[number] = map(_several, placed)
         if first:
             self._check_shapes(inputs)
@@ -232,6 +253,7 @@ class PipelineEngine(Engine):
                 )
 
     _taken: Format | None = None
+    _tokens = 0
 
     def _loader_batches(self) -> Iterator[Any]:
         loader = self.stateful.get("data_loader")
@@ -291,8 +313,6 @@ def _check(settings: Config) -> None:
             "zero_optimization.stage = 3 with a pipeline: every micro-batch would gather all parameters again; allowed:"
             " 0, 1, 2"
         )
-    if settings.placement.moves:
-        raise ValueError("zero_optimization.offload_optimizer with a pipeline; allowed: states on the device")
     if settings.redundancy.local is not None:
         raise ValueError("local_updates with a pipeline; allowed: stages that step together")
 

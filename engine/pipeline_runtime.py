@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .communicator import Communicator
 from .deferred import DeferredWeights, products
 from .groups import Groups
+from .host_step import HostSteps
 from .observer import Observer
 from .unit import FlatUnit
 from .zero import ZeroRuntime
@@ -140,10 +141,10 @@ class PipelineRuntime:
     Attributes:
         chunks: in the order of the model.
         units: of all chunks.
+        host_steps: steps the units whose state rests off the device, once all micro-batches are through.
     """
 
-    host_steps = None
-    """Nothing is stepped off the device."""
+    host_steps: HostSteps | None = None
 
     def __init__(self, chunks: Sequence[ChunkRuntime], groups: Groups) -> None:
         self.chunks, self.groups = list(chunks), groups

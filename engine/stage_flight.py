@@ -41,6 +41,9 @@ class FlownStage(PipelineEngine):
         enters = [() if chunk.first else between for chunk in self._chunks]
         return enters, [() if chunk.last else between for chunk in self._chunks]
 
+    def _sequence_tokens(self) -> int:
+        return self.flown.tokens
+
     def _announce(self, action: Action | None) -> None:
         name = UPDATE if action is None else phase_name(action, self.plan.micro_batches)
         self.recorder.phase(name, self.flown_step)

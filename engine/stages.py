@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.partition_stages import balanced
+from .context import POSITIONS, takes_positions
 
 STATE_BYTES = 16
 """Of a parameter: weight and gradient in 2 bytes each, three fp32 values of Adam (Rajbhandari et al. 2020, 3.1)."""
@@ -19,6 +20,7 @@ class Layer:
     """One step of a model. What it returns, a tensor or a tuple of them, the next one takes as its arguments.
 
     The last one takes the targets too, and returns the loss, unless a criterion makes the loss of what it returns.
+    Where ranks share each sequence, one with an argument `position_ids` gets the positions of this rank's tokens.
 
     Attributes:
         forward: what the layer does; parameters of the model that it reads are those of `parts`.
@@ -54,13 +56,16 @@ class LayerList(nn.Module):
         return run_layers(self.pipeline_layers(), inputs)
 
 
-def run_layers(layers: Iterable[Layer], inputs: tuple[Any, ...], targets: tuple[Any, ...] = ()) -> Any:
-    """What the layers make of inputs; the last one gets `targets` besides."""
+def run_layers(
+    layers: Iterable[Layer], inputs: tuple[Any, ...], targets: tuple[Any, ...] = (), positions: Tensor | None = None
+) -> Any:
+    """What the layers make of inputs; the last one gets `targets` besides, and who takes `positions` those."""
     row = list(layers)
     value: Any = inputs
     for layer in row:
         more = targets if layer is row[-1] else ()
-        value = layer.forward(*(value if isinstance(value, tuple) else (value,)), *more)
+        named = {} if positions is None or not takes_positions(layer.forward) else {POSITIONS: positions}
+        value = layer.forward(*(value if isinstance(value, tuple) else (value,)), *more, **named)
     return value
 
 
@@ -92,6 +97,7 @@ class Chunk(nn.Module):
 
     _row: tuple[Layer, ...]
     borrowed: frozenset[nn.Parameter] = frozenset()
+    _position_ids: Tensor | None = None
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], number: int, count: int) -> None:
         super().__init__()
@@ -110,7 +116,11 @@ class Chunk(nn.Module):
         return self.number == self.count - 1
 
     def forward(self, inputs: tuple[Any, ...], targets: tuple[Any, ...] = ()) -> Any:
-        return run_layers(self._row, inputs, targets)
+        return run_layers(self._row, inputs, targets, self._position_ids)
+
+    def place_tokens(self, position_ids: Tensor) -> None:
+        """Where a rank's tokens stand in their sequences from now on, int64 [1, tokens]: ranks share these."""
+        self._position_ids = position_ids
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .device import model_device
+from .experts import MixtureOfExperts
 from .groups import Groups
 from .mesh import Parallelism
 from .randomness import Randomness, draws
@@ -128,6 +129,11 @@ def share_layers(
         raise ValueError(
             "dropout with parallel.sequence_parallel in pipeline stages, of which only the first one begins to draw"
             " apart; allowed: two of the three"
+        )
+    if parallelism.sequence_parallel and any(isinstance(module, MixtureOfExperts) for module in model.modules()):
+        raise ValueError(
+            "parallel.sequence_parallel with a MixtureOfExperts, whose tensor ranks all route all tokens; allowed: one"
+            " of them"
         )
     plan, planned = plan_for(model, parallelism)
     check_optimizer(optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)

@@ -3,6 +3,8 @@
 cli          the command line: verbs, options, --json, exit codes
 simulate     one training step of a model on a cluster
 pipeline     the same of a job with pipeline stages: each distinct rank flown once
+prices       what a job costs on rented nodes, shapes of cluster compared by the price of a token
+failures     what interruptions leave of a job's speed
 layout       how a job is laid out: options, their defaults and checks
 launch       starts a script on several ranks of this machine
 verify       ZeRO on Gloo ranks against a plain loop in one process
@@ -39,6 +41,7 @@ witness      what the allocator did in a real step, beside the simulator's peak
 transformer  the module that those numbers describe, in plain torch
 corpus       real text that every machine has: the standard library's own source, as bytes
 listings     the catalogues as entries and tables
+units        figures with the units that their names end in
 tables       results as tables in a terminal
 plots        results as pictures
 files        files that are whole or absent; CSV

@@ -50,7 +50,7 @@ def demo(as_json: AsJson = False, out: Out = None) -> None:
 @app.command()
 def simulate(
     model: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
-    cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
+    cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file; several, with commas, by price.")],
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp * cp).", show_default=False)
@@ -88,7 +88,20 @@ def simulate(
     no_remedies: Annotated[
         bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
     ] = False,
-    tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days.", show_default=False)] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days, price.", show_default=False)] = None,
+    goodput: Annotated[bool, typer.Option("--goodput", help="What failures leave of the speed.")] = False,
+    failures: Annotated[
+        str | None, typer.Option(help="Failure rates: catalogue name or TOML file; llama3.", show_default=False)
+    ] = None,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(help="Hours between interruptions of the job.", show_default=False)
+    ] = None,
+    restart_s: Annotated[
+        float | None, typer.Option(help="From a failure to the next step.", show_default=False)
+    ] = None,
+    checkpoint_s: Annotated[
+        float | None, typer.Option(help="For which a checkpoint halts training.", show_default=False)
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON.", show_default=False)] = None,
     perfetto: Annotated[Path | None, typer.Option(help="Write a timeline here.", show_default=False)] = None,
     save_trace: Annotated[Path | None, typer.Option(help="Write the trace here.", show_default=False)] = None,
@@ -96,9 +109,12 @@ def simulate(
     out: Out = None,
 ) -> None:
     """Simulate a training step: time, where it goes, memory, bytes."""
+    from ..sim.hardware import load_cluster
+    from . import failures as faulty
+    from . import prices
     from . import simulate as simulation
-    from .files import write_whole
-    from .tables import overflow
+    from .files import write_csv, write_whole
+    from .models import load_model
 
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
@@ -108,27 +124,43 @@ def simulate(
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
-    counts = _counts(gpus)
-    results = [simulation.simulate(model, cluster, config=config, gpus=count, **chosen) for count in counts]
+    machines = [load_cluster(name) for name in cluster.split(",")]
+    jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
+    results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
     answers = [simulation.to_dict(result) for result in results]
-    if tokens is not None:
-        for answer, result in zip(answers, results, strict=True):
-            answer["training"] = {"tokens": tokens, **simulation.training_days(result, tokens)}
-    found = () if no_remedies or len(results) > 1 else _remedies(model, cluster, results[0])
-    for answer in answers:
+    found = () if no_remedies or len(results) > 1 else _remedies(model, machines[0], results[0])
+    asked = goodput or any(value is not None for value in (failures, mtbf_hours, restart_s, checkpoint_s))
+    faults = (
+        faulty.Faults(
+            failures=failures or faulty.DEFAULT, mtbf_hours=mtbf_hours, restart_s=restart_s, checkpoint_s=checkpoint_s
+        )
+        if asked
+        else None
+    )
+    for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
         answer["remedies"] = [asdict(remedy) for remedy in found]
-    files = _scaling_files(results, out) if len(results) > 1 or out is not None else {}
+        answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
+        if faults is not None:
+            answer["goodput"] = faulty.goodput(result, load_model(model).parameters, machine, faults, tokens=tokens)
+    shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []
+    files: dict[str, str] = {}
+    if shapes:
+        files["csv"] = str(write_csv((out or Path("out/simulate")) / "shapes.csv", shapes))
+    elif len(results) > 1 or out is not None:
+        files = _scaling_files(results, out)
+    if faults is not None and out is not None:
+        savings = faulty.savings_by_size(results[-1], load_model(model).parameters, machines[-1], faults)
+        files["goodput_plot"] = str(_goodput_plot(savings, results[-1], out))
     if perfetto is not None:
-        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, cluster, results[-1])))
+        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, machines[-1], results[-1])))
     if save_trace is not None:
         files["trace"] = str(write_whole(save_trace, simulation.saved_trace(model, results[-1])))
     if as_json:
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
-    _show_steps(results, answers)
+    _show_steps(results, answers, shapes)
     if len(results) == 1 and not results[0].fits:
-        for line in overflow(results[0], found, searched=not no_remedies):
-            print(line)
+        _show_overflow(results[0], found, searched=not no_remedies)
     for name, path in files.items():
         print(f"{name}: {path}")
 
@@ -137,26 +169,43 @@ def _counts(gpus: str | None) -> list[int | None]:
     return [None] if gpus is None else [*_integers("gpus", gpus)]
 
 
-def _remedies(model: str, cluster: str, result: Any) -> tuple[Any, ...]:
+def _remedies(model: str, machine: Any, result: Any) -> tuple[Any, ...]:
     """Options under which a job fits that does not."""
     from .remedies import remedies
 
-    return remedies(model, cluster, result, say=_say)
+    return remedies(model, machine, result, say=_say)
 
 
-def _show_steps(results: list[Any], answers: list[dict[str, Any]]) -> None:
+def _show_overflow(result: Any, found: tuple[Any, ...], searched: bool) -> None:
+    from .tables import overflow
+
+    for line in overflow(result, found, searched=searched):
+        print(line)
+
+
+def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[dict[str, Any]]) -> None:
+    from .failures import lines
+    from .prices import shape_table, usd
     from .tables import memory_table, show, step_table
 
-    show(step_table(results))
+    show(shape_table(shapes, results[0].layout["model"]) if shapes else step_table(results))
     if len(results) == 1:
         show(memory_table(results[0]))
     for answer in answers:
-        if "training" in answer:
+        if "training" in answer and not shapes:
             training = answer["training"]
             print(
                 f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
-                f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours"
+                f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours, {usd(training['price_usd'])}"
             )
+        if "goodput" in answer:
+            print("\n".join(lines(answer)))
+
+
+def _goodput_plot(savings: Any, result: Any, folder: Path) -> Path:
+    from .plots import plot_goodput
+
+    return plot_goodput(savings, result.layout, folder / "goodput.png")
 
 
 def _scaling_files(results: list[Any], out: Path | None) -> dict[str, str]:
@@ -317,11 +366,13 @@ def models(
 
 @app.command()
 def hardware(
-    name: Annotated[str | None, typer.Argument(help="One GPU or cluster.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One GPU, cluster, fabric or failure profile.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """The catalogue of GPUs and clusters, each figure with its source."""
+    """The catalogue of GPUs, clusters, fabrics and failure rates, each figure with its source."""
     from .listings import list_hardware
 
     _listing(list_hardware(name), as_json, out)

@@ -1,13 +1,24 @@
 """The catalogues as entries and tables."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..reading import nearest
-from ..sim.hardware import Cluster, Processor, cluster_names, load_cluster, load_processor, processor_names
+from ..sim.failures import Failures, failure_names, load_failures
+from ..sim.hardware import (
+    Cluster,
+    Processor,
+    cluster_names,
+    fabric_names,
+    load_cluster,
+    load_fabric,
+    load_processor,
+    processor_names,
+)
 from .models import load_model, model_names
 from .tables import entry_table, table
+from .units import with_unit
 
 MEASURED_TABLES = ("matmul_points", "kernel_curves")
 
@@ -27,13 +38,17 @@ class Listing:
         else:
             yield _gpus_table(self.entries["gpus"])
             yield _clusters_table(self.entries["clusters"])
+            yield _fabrics_table(self.entries["fabrics"])
+            yield _failures_table(self.entries["failures"])
 
     def _one(self) -> Any:
         (group,) = [kind for kind, found in self.entries.items() if found]
         (entry,) = self.entries[group]
         figures = {key: value for key, value in entry.items() if key not in ("sources", "source", *MEASURED_TABLES)}
         sources = entry.get("sources", {"name": entry.get("source", "")})
-        return entry_table(str(self.name), _flat(figures), sources)
+        parts = {f"components.{each['name']}": each["source"] for each in entry.get("components", ())}
+        flat = {name: with_unit(name, value) for name, value in _flat(figures).items() if value is not None}
+        return entry_table(str(self.name), flat, {**sources, **parts})
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +57,20 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     for key, value in entry.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif isinstance(value, tuple | list) and value and isinstance(value[0], dict):
+            flat |= {f"{key}.{inner['name']}": _row(inner) for inner in value}
         else:
             flat[key] = value
     return flat
+
+
+def _row(row: dict[str, Any]) -> str:
+    """A row of a table within an entry, its name apart."""
+    return ", ".join(
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if key not in ("name", "source")
+    )
 
 
 def list_models(name: str | None) -> Listing:
@@ -60,17 +86,24 @@ def list_models(name: str | None) -> Listing:
 
 
 def list_hardware(name: str | None) -> Listing:
-    """All GPUs and clusters, or the one of that name.
+    """All GPUs, clusters, fabrics and failure profiles, or the one of that name.
 
     Raises:
         ValueError: an unknown name.
     """
-    known = [*processor_names(), *cluster_names()]
+    groups: dict[str, tuple[tuple[str, ...], Callable[[str], dict[str, Any]]]] = {
+        "gpus": (processor_names(), lambda each: _processor(load_processor(each))),
+        "clusters": (cluster_names(), lambda each: _cluster(load_cluster(each))),
+        "fabrics": (fabric_names(), lambda each: asdict(load_fabric(each))),
+        "failures": (failure_names(), lambda each: _failures(load_failures(each))),
+    }
+    known = [entry for names, _ in groups.values() for entry in names]
     if name is not None and name not in known:
         raise ValueError(f"name = {name}; allowed: {', '.join(known)}{nearest(name, known)}")
-    gpus = [_processor(load_processor(each)) for each in processor_names() if name in (None, each)]
-    clusters = [_cluster(load_cluster(each)) for each in cluster_names() if name in (None, each)]
-    return Listing({"gpus": gpus, "clusters": clusters}, name)
+    return Listing(
+        {group: [load(each) for each in names if name in (None, each)] for group, (names, load) in groups.items()},
+        name,
+    )
 
 
 def _processor(processor: Processor) -> dict[str, Any]:
@@ -80,6 +113,13 @@ def _processor(processor: Processor) -> dict[str, Any]:
 
 def _cluster(cluster: Cluster) -> dict[str, Any]:
     return {**asdict(cluster), "processor": cluster.processor.name}
+
+
+def _failures(profile: Failures) -> dict[str, Any]:
+    """A profile, each component with the hours between failures that its count comes to."""
+    hours = profile.mtbf_hours()
+    entry = asdict(profile)
+    return {**entry, "components": [{**each, "mtbf_hours": hours[each["name"]]} for each in entry["components"]]}
 
 
 def _models_table(models: list[dict[str, Any]]) -> Any:
@@ -115,15 +155,43 @@ def _gpus_table(gpus: list[dict[str, Any]]) -> Any:
 def _clusters_table(clusters: list[dict[str, Any]]) -> Any:
     rows = []
     for cluster in clusters:
-        between = cluster["inter_node"]
+        between, price = cluster["inter_node"], cluster["price"]
         rows.append(
             (
                 cluster["name"],
                 cluster["processor"],
                 str(cluster["gpus_per_node"]),
                 f"{cluster['intra_node']['bytes_per_s'] / 1e9:.0f} GB/s",
-                f"{between['bytes_per_s'] / 1e9:.0f} GB/s" if between else "-",
+                f"{between['bytes_per_s'] / 1e9:.4g} GB/s" if between else "-",
+                f"{price['per_hour_usd']:.2f}" if price else "-",
             )
         )
-    columns = ("cluster", "GPU", "per node", "inside a node, per GPU", "between nodes, per node")
-    return table("clusters", columns, rows, note="windtunnel hardware NAME shows an entry with each figure's source")
+    columns = ("cluster", "GPU", "per node", "inside a node, per GPU", "between nodes, per node", "USD per hour")
+    return table("clusters", columns, rows)
+
+
+def _fabrics_table(fabrics: list[dict[str, Any]]) -> Any:
+    rows = [
+        (
+            fabric["name"],
+            f"{fabric['bytes_per_s'] / 1e9:.4g} GB/s",
+            f"{fabric['efficiency']:.1%}",
+            f"{fabric['latency_s'] * 1e6:.1f} us",
+        )
+        for fabric in fabrics
+    ]
+    return table("fabrics", ("fabric", "link or port", "reached by a ring", "hop"), rows)
+
+
+def _failures_table(profiles: list[dict[str, Any]]) -> Any:
+    rows = [
+        (
+            profile["name"],
+            f"{profile['observed']['gpus']:,}",
+            f"{profile['observed']['days']:g}",
+            f"{sum(each['interruptions'] for each in profile['components']):g}",
+        )
+        for profile in profiles
+    ]
+    note = "windtunnel hardware NAME shows an entry with each figure's source"
+    return table("failures", ("profile", "GPUs", "days", "interruptions"), rows, note=note)

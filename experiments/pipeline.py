@@ -154,6 +154,7 @@ def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ..
                 blocks=sum(blocks for blocks, *_ in parts[rank]),
                 shape=hidden_shape(spec, layout),
                 dtype=layout.precision,
+                tokens=layout.seq,
             ),
         )
     )

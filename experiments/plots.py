@@ -3,12 +3,14 @@
 import io
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
 from ..collectives.choice import size_name
+from ..sim.failures import Saving, play
 from ..sim.result import StepResult
 from .files import write_whole
 
@@ -126,6 +128,35 @@ FAMILIES = {
     "hierarchical": "#8d99ae",
 }
 """Colours of the algorithms, by the name without its parameters."""
+
+
+def plot_goodput(savings: Mapping[int, Saving], layout: Mapping[str, Any], path: Path) -> Path:
+    """Share of progress against the number of GPUs, and against the interval between checkpoints; months played."""
+    with mpl.rc_context(STYLE):
+        figure, (sizes, intervals) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+        gpus = list(savings)
+        sizes.plot(gpus, [saving.share for saving in savings.values()], "-", color=PREDICTED, label="expected")
+        months = [play(saving).share for saving in savings.values()]
+        sizes.plot(gpus, months, "o", color=MEASURED, label="a month played")
+        sizes.set_xscale("log", base=2)
+        sizes.set_xticks(gpus, [f"{count:,}" for count in gpus], rotation=45)
+        sizes.set(xlabel="GPUs", ylabel="goodput", title=f"{layout['model']} on {layout['cluster']} with failures")
+        sizes.legend(frameon=False, loc="lower left")
+        shortest, longest = (pick(saving.interval_s for saving in savings.values()) for pick in (min, max))
+        span = 100 * longest / shortest
+        around = [shortest / 10 * span ** (step / 60) for step in range(61)]
+        for place, (count, saving) in enumerate(savings.items()):
+            shares = [replace(saving, interval_s=interval_s).share for interval_s in around]
+            shade = 0.3 + 0.7 * (place + 1) / len(savings)
+            intervals.plot(
+                [each / 60 for each in around], shares, color=PREDICTED, alpha=shade, label=f"{count:,} GPUs"
+            )
+            intervals.plot(saving.interval_s / 60, saving.share, "o", color=INK, markersize=4)
+        intervals.set_xscale("log")
+        intervals.set(xlabel="minutes of work between checkpoints", title="Dots: Daly's interval", ylim=(0, 1.2))
+        intervals.set_yticks([step / 5 for step in range(6)])
+        intervals.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
+        return save(figure, path)
 
 
 def plot_curves(points: "Sequence[Point]", path: Path) -> Path:

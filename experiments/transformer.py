@@ -12,6 +12,7 @@ is really trained. Until then a model on a real device computes with whatever it
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -223,21 +224,13 @@ class Transformer(nn.Module):
         return found + self.spec.balance * torch.stack(balances).sum()
 
     def pipeline_layers(self) -> list[Layer]:
-        """The embeddings, each block, and the norm with logits and loss.
-
-        Raises:
-            ValueError: the model has experts, whose load-balance losses have no way to the last stage.
-        """
-        if self.spec.experts is not None:
-            raise ValueError(
-                f"model {self.spec.name!r}: experts = {self.spec.experts} in a pipeline; allowed: pipeline_size = 1, or"
-                " a model without experts"
-            )
-        blocks = [Layer(partial(self._block, n), (f"blocks.{n}",)) for n in range(len(self.blocks))]
+        """The embeddings, each block, and the norm with logits and loss."""
+        row = _Row(self) if self.spec.experts is None else _BalancedRow(self)
+        blocks = [Layer(partial(row.block, n), (f"blocks.{n}",)) for n in range(len(self.blocks))]
         return [
-            Layer(self._embed, ("embedding",) if self.positions is None else ("embedding", "positions")),
+            Layer(row.embed, ("embedding",) if self.positions is None else ("embedding", "positions")),
             *blocks,
-            Layer(self._finish, ("norm", "embedding" if self.head is None else "head")),
+            Layer(row.finish, ("norm", "embedding" if self.head is None else "head")),
         ]
 
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -257,10 +250,6 @@ class Transformer(nn.Module):
             None if rope_2SE is None else rope_2SE.to(dtype),
             None if self.alibi is None else self.alibi.to(dtype),
         )
-
-    def _block(self, number: int, x_BSD: Tensor) -> Tensor:
-        mixed: Tensor = self.blocks[number](x_BSD, *self._tables(x_BSD.dtype))
-        return mixed
 
     def _finish(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         head = self.embedding if self.head is None else self.head
@@ -284,11 +273,46 @@ class Transformer(nn.Module):
         }
         if self.spec.mlp == "swiglu":
             plan[f"{mlp}.gate"] = "column"
+        if self.spec.experts is not None:  # tensor ranks have the experts whole, and compute alike there
+            plan = {pattern: style for pattern, style in plan.items() if not pattern.startswith(mlp)}
         if self.head is not None:
             plan["head"] = "vocabulary"
         if self.alibi is not None:
             plan["alibi"] = "cut 1"
         return plan
+
+
+class _Row:
+    """A model as layers that hand hidden states [B, S, D] on."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.embed = model._embed
+        self.finish = model._finish
+
+    def block(self, number: int, x_BSD: Tensor, position_ids: Tensor | None = None) -> Any:
+        return self.model.blocks[number](x_BSD, *self.model._tables(x_BSD.dtype, position_ids))
+
+
+class _BalancedRow:
+    """Layers of a model with experts: beside the hidden states goes the sum [1] of the blocks' balance losses."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.plain = model, _Row(model)
+
+    def embed(self, tokens_BS: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_BSD = self.model._embed(tokens_BS, position_ids)
+        return x_BSD, x_BSD.new_zeros(1, dtype=torch.promote_types(x_BSD.dtype, torch.float32))
+
+    def block(
+        self, number: int, x_BSD: Tensor, balance_1: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x_BSD, more = self.plain.block(number, x_BSD, position_ids)
+        return x_BSD, balance_1 + more
+
+    def finish(self, x_BSD: Tensor, balance_1: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        found = self.model._finish(x_BSD, targets_BS)
+        return found if targets_BS is None else found + self.model.spec.balance * balance_1.sum()
 
 
 def readout(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor | None) -> Tensor:

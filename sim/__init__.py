@@ -1,6 +1,9 @@
 """Prices: how long a training step takes and what it keeps in memory on a described cluster. No torch.
 
 processor   a GPU or a CPU share: peaks, achievable shares of them, measured tables; each figure has its source
+entries     the files of the catalogue: names, and where a name or a user's path leads
+fabrics     the profile of a kind of link, and the links of one level of a cluster's network
+prices      what a node costs per hour, and what a job on several of them does
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
 host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
 transfers   copies and work of the host as simpy processes
@@ -22,5 +25,6 @@ replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
+failures    how often a job is interrupted, how often it should save, what share of its time is progress
 result      what a simulation says: time, breakdown, memory, traffic
 """

@@ -1,19 +1,21 @@
 """What a job runs on: a cluster of processors and its network, read from TOML, each figure with its source.
 
-The catalogue lies in catalogue/gpus and catalogue/clusters, one file per entry, named like the entry. A user's cluster
-file gives what differs from a `base`; a user's processor file (a calibrated profile) is complete. Bandwidths are per
-direction. Achievable shares and latencies come from measurements of collectives, never from training steps.
+The catalogue lies in catalogue/gpus, catalogue/clusters and catalogue/fabrics, one file per entry, named like it. A
+user's cluster file gives what differs from a `base`; a user's processor file (a calibrated profile) is complete.
+Bandwidths are per direction. Achievable shares and latencies come from measurements of collectives, never from training
+steps.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..collectives.tiers import Tier
 from ..reading import STRICT, nearest, read_into, read_toml
+from .entries import CATALOGUE, beside, entries, find, in_catalogue, unknown, where
+from .fabrics import INTER_NODE, INTRA_NODE, Fabric, FabricProfile, FabricTable, build_fabric, profile_sources
 from .host import Host
+from .prices import Price
 from .processor import FIGURES, KernelCurve, MatmulPoint, Processor, check_sources, require, require_positive
 
 __all__ = [
@@ -21,45 +23,19 @@ __all__ = [
     "FIGURES",
     "Cluster",
     "Fabric",
+    "FabricProfile",
     "KernelCurve",
     "MatmulPoint",
+    "Price",
     "Processor",
     "Wiring",
     "cluster_names",
+    "fabric_names",
     "load_cluster",
+    "load_fabric",
     "load_processor",
     "processor_names",
 ]
-
-CATALOGUE = Path(__file__).parent / "catalogue"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fabric:
-    """Links of one level of the network.
-
-    Attributes:
-        bytes_per_s: nominal, per direction; of one GPU inside a node, of all NICs of a node together between nodes.
-        latency_s: of one hop of a ring.
-        efficiency: share of bytes_per_s that a large ring collective reaches.
-        nics: of a node; None inside a node.
-        start_s, local_bytes_per_s: of a whole collective, see Tier; None: no start, and local memory costs nothing.
-    """
-
-    bytes_per_s: float
-    latency_s: float
-    efficiency: float = 1.0
-    nics: int | None = None
-    start_s: float | None = None
-    local_bytes_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_fabric(self)
-
-    @property
-    def achieved_bytes_per_s(self) -> float:
-        return self.bytes_per_s * self.efficiency
-
 
 WIRINGS = ("flat", "leaf_spine", "rail")
 
@@ -103,6 +79,7 @@ class Cluster:
         fabric: how the nodes are wired; None: as if each node had one link, whatever its NICs, to a switch that never
             blocks.
         host: what lies below the GPUs' memory on a node; None: not known, so nothing can be offloaded there.
+        price: of one node; None: not known.
     """
 
     name: str
@@ -114,6 +91,7 @@ class Cluster:
     sources: dict[str, str] = field(hash=False)
     fabric: Wiring | None = None
     host: Host | None = None
+    price: Price | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, ("gpus_per_node", "nodes"))
@@ -161,38 +139,6 @@ class Cluster:
         )
 
 
-def _check_fabric(fabric: "Fabric | _FabricFile") -> None:
-    require_positive(fabric, ("bytes_per_s", "nics", "local_bytes_per_s"))
-    for name in ("latency_s", "start_s"):
-        seconds = getattr(fabric, name)
-        if seconds is not None:
-            require(0 <= seconds < math.inf, name, seconds, ">= 0 and finite")
-    if fabric.efficiency is not None:
-        require(0 < fabric.efficiency <= 1, "efficiency", fabric.efficiency, "> 0 and <= 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FabricFile:
-    """Table [intra_node] or [inter_node] of a cluster file; what is left out comes from the base."""
-
-    __pydantic_config__ = STRICT
-
-    bytes_per_s: float | None = None
-    latency_s: float | None = None
-    efficiency: float | None = None
-    nics: int | None = None
-    start_s: float | None = None
-    local_bytes_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_fabric(self)
-
-    def given(self) -> dict[str, Any]:
-        """The fields that the file gives. A bandwidth that comes without an efficiency is an achieved one."""
-        changes = {key: value for key, value in asdict(self).items() if value is not None}
-        return {"efficiency": 1.0, **changes} if "bytes_per_s" in changes else changes
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ClusterFile:
     """A cluster file as written."""
@@ -203,16 +149,19 @@ class _ClusterFile:
     gpu: str | None = None
     gpus_per_node: int | None = None
     nodes: int | None = None
-    intra_node: _FabricFile | None = None
-    inter_node: _FabricFile | None = None
+    intra_node: FabricTable | None = None
+    inter_node: FabricTable | None = None
     fabric: Wiring | None = None
     host: Host | None = None
+    price: Price | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_positive(self, ("gpus_per_node", "nodes"))
         if self.intra_node is not None and self.intra_node.nics is not None:
             raise ValueError("intra_node has no 'nics': give them in [inter_node]")
+        if self.inter_node is not None and self.inter_node.links is not None:
+            raise ValueError("inter_node has no 'links': give 'nics'")
 
     def figures(self) -> tuple[str, ...]:
         """Names of the figures that the file gives, as in the sources of a Cluster."""
@@ -220,17 +169,33 @@ class _ClusterFile:
         tables = (("intra_node", self.intra_node), ("inter_node", self.inter_node))
         levels = (f"{name}.{key}" for name, table in tables if table is not None for key in table.given())
         host = [f"host.{key}" for key in asdict(self.host)] if self.host is not None else []
-        return (*plain, *levels, *host, *(["fabric"] if self.fabric is not None else []))
+        whole = [name for name in ("fabric", "price") if getattr(self, name) is not None]
+        return (*plain, *levels, *host, *whole)
 
 
 def processor_names() -> tuple[str, ...]:
     """Names of the processors in the catalogue."""
-    return _entries("gpus")
+    return entries("gpus")
 
 
 def cluster_names() -> tuple[str, ...]:
     """Names of the clusters in the catalogue."""
-    return _entries("clusters")
+    return entries("clusters")
+
+
+def fabric_names() -> tuple[str, ...]:
+    """Names of the fabrics in the catalogue."""
+    return entries("fabrics")
+
+
+def load_fabric(name_or_path: str | Path) -> FabricProfile:
+    """A fabric of the catalogue, or of a TOML file with the fields of a FabricProfile (the name may be left out).
+
+    Raises:
+        ValueError: one line: an unknown name, a file that cannot be read, or a field that is wrong or has no source.
+    """
+    path = find(name_or_path, "fabrics", "fabric")
+    return read_into(FabricProfile, {"name": path.stem, **read_toml(path)}, where(path))
 
 
 def load_processor(name_or_path: str | Path) -> Processor:
@@ -239,8 +204,8 @@ def load_processor(name_or_path: str | Path) -> Processor:
     Raises:
         ValueError: one line: an unknown name, a file that cannot be read, or a field that is wrong or has no source.
     """
-    path = _find(name_or_path, "gpus", "processor")
-    return read_into(Processor, {"name": path.stem, **read_toml(path)}, _where(path))
+    path = find(name_or_path, "gpus", "processor")
+    return read_into(Processor, {"name": path.stem, **read_toml(path)}, where(path))
 
 
 def load_cluster(name_or_path: str | Path) -> Cluster:
@@ -249,93 +214,82 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
     A file may start from a `base` of the catalogue; each key that it gives overrides the base. Its keys are `gpu` (a
     catalogue name or a processor file, relative to the cluster file), `gpus_per_node`, `nodes`, the tables
     [intra_node] and [inter_node] with the fields of Fabric, [fabric] with those of Wiring and [host] with those of Host
-    (all of them: it replaces the base's).
+    (all of them: it replaces the base's), [price] with those of Price. A network table may name a `fabric` (a catalogue
+    name or a file) and count its `links` or `nics` instead of giving its figures. A file that changes the GPUs of its
+    base does not have the base's price.
 
     Raises:
         ValueError: one line: an unknown name, a file that cannot be read, or a key that is unknown, wrong or missing.
     """
-    path = _find(name_or_path, "clusters", "cluster")
-    file = read_into(_ClusterFile, read_toml(path), _where(path))
+    path = find(name_or_path, "clusters", "cluster")
+    file = read_into(_ClusterFile, read_toml(path), where(path))
     try:
-        if path.parent == CATALOGUE / "clusters":
+        if in_catalogue(path):
             check_sources(file.sources, required=file.figures(), known=file.figures())
         return _build_cluster(file, path)
     except ValueError as error:
-        raise ValueError(f"{_where(path)}: {error}") from None
+        raise ValueError(f"{where(path)}: {error}") from None
 
 
 def _build_cluster(file: _ClusterFile, path: Path) -> Cluster:
     if file.base is not None and file.base not in cluster_names():
-        raise ValueError(f"base = {file.base!r}: {_unknown('cluster', file.base, cluster_names())}")
+        raise ValueError(f"base = {file.base!r}: {unknown('cluster', file.base, cluster_names())}")
     base = load_cluster(file.base) if file.base is not None else None
     gpus_per_node = file.gpus_per_node or (base.gpus_per_node if base else None)
-    nodes = file.nodes or (base.nodes if base else None)
-    intra_node = _overlay("intra_node", base.intra_node if base else None, file.intra_node)
-    inter_node = _overlay("inter_node", base.inter_node if base else None, file.inter_node)
-    processor = _processor_beside(path, file.gpu) if file.gpu is not None else (base.processor if base else None)
+    intra_node, intra_sources = _level(INTRA_NODE, path, file, base)
+    inter_node, inter_sources = _level(INTER_NODE, path, file, base)
+    processor = load_processor(beside(path, file.gpu)) if file.gpu is not None else (base.processor if base else None)
     if processor is None:
         raise ValueError("'gpu' is missing: give it, or a base")
     if gpus_per_node is None:
         raise ValueError("'gpus_per_node' is missing: give it, or a base")
     if intra_node is None:
         raise ValueError("'intra_node' is missing: give it, or a base")
+    same_gpus = base is not None and file.gpu is None and file.gpus_per_node is None
+    price = file.price or (base.price if base is not None and same_gpus else None)
+    sources = {
+        **(_inherited_sources(base, file) if base else {}),
+        **intra_sources,
+        **inter_sources,
+        **{name: f"given in {path.name}" for name in file.figures()},
+        **file.sources,
+    }
+    known = {*sources} - {f"{INTRA_NODE}.links"} - (set() if price else {"price"})
     return Cluster(
         name=path.stem,
         processor=processor,
         gpus_per_node=gpus_per_node,
-        nodes=nodes,
+        nodes=file.nodes or (base.nodes if base else None),
         intra_node=intra_node,
         inter_node=inter_node,
         fabric=file.fabric or (base.fabric if base else None),
         host=file.host or (base.host if base else None),
-        sources={
-            **(base.sources if base else {}),
-            **{name: f"given in {path.name}" for name in file.figures()},
-            **file.sources,
-        },
+        price=price,
+        sources={name: source for name, source in sources.items() if name in known},
     )
 
 
-def _processor_beside(path: Path, gpu: str) -> Processor:
-    return load_processor(path.parent / gpu if _looks_like_path(gpu) else gpu)
+def _inherited_sources(base: Cluster, file: _ClusterFile) -> dict[str, str]:
+    """The base's sources, without those of figures that a fabric of the file replaces."""
+    replaced = tuple(
+        f"{level}."
+        for level in (INTRA_NODE, INTER_NODE)
+        if (table := getattr(file, level)) is not None and table.fabric
+    )
+    kept = f"{INTER_NODE}.nics"
+    return {name: source for name, source in base.sources.items() if name == kept or not name.startswith(replaced)}
 
 
-def _overlay(name: str, base: Fabric | None, table: _FabricFile | None) -> Fabric | None:
+def _level(name: str, path: Path, file: _ClusterFile, base: Cluster | None) -> tuple[Fabric | None, dict[str, str]]:
+    """A level of the network, and where the figures are from that it has from a profile."""
+    inherited: Fabric | None = getattr(base, name, None)
+    table: FabricTable | None = getattr(file, name)
     if table is None:
-        return base
-    given = table.given()
-    if base is not None:
-        if table.bytes_per_s is not None:  # what a user says of the links says it of the collective, memory included
-            base = replace(base, local_bytes_per_s=None)
-        return replace(base, **given)
-    for key in ("bytes_per_s", "latency_s"):
-        if key not in given:
-            raise ValueError(f"'{name}.{key}' is missing: give it, or a base")
-    return Fabric(**given)
-
-
-@cache
-def _entries(folder: str) -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in (CATALOGUE / folder).glob("*.toml")))
-
-
-def _find(name_or_path: str | Path, folder: str, what: str) -> Path:
-    """The file of a catalogue entry, or the user's."""
-    name = str(name_or_path)
-    if name in _entries(folder):
-        return CATALOGUE / folder / f"{name}.toml"
-    if isinstance(name_or_path, Path) or _looks_like_path(name):
-        return Path(name_or_path)
-    raise ValueError(f"{_unknown(what, name, _entries(folder))}; a TOML file is given by its path")
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.endswith(".toml") or "/" in name
-
-
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
-    return f"unknown {what} {name!r}; the catalogue has {', '.join(known)}{nearest(name, known)}"
-
-
-def _where(path: Path) -> str:
-    return path.name if CATALOGUE in path.parents else str(path)
+        return inherited, {}
+    if table.fabric is None:
+        return build_fabric(name, table, inherited, None), {}
+    try:
+        profile = load_fabric(beside(path, table.fabric))
+    except ValueError as error:
+        raise ValueError(f"{name}.fabric = {table.fabric!r}: {error}") from None
+    return build_fabric(name, table, inherited, profile), profile_sources(name, table, profile, file.sources)

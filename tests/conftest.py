@@ -41,18 +41,20 @@ def four_ranks(world_of: WorldOf) -> World:
     return world_of(4)
 
 
-NEEDS_RANKS = ("engine.world import World", "pytest.mark.ranks", "windtunnel_verify", "world_of")
+NEEDS_MANY_RANKS = ("four_ranks", "world_of", "pytest.mark.ranks", "windtunnel_verify")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two processes may run the suite (pytest-xdist): one has all files that need ranks, and so the only pool."""
+    """Two processes may run the suite (pytest-xdist): one has all files that need more than two ranks, whose worlds
+    are dear. A world of two may be started in both.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class OnePool(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             text = (config.rootpath / file).read_text()
-            return "ranks" if any(word in text for word in NEEDS_RANKS) else file
+            return "ranks" if any(word in text for word in NEEDS_MANY_RANKS) else file
 
     return OnePool(config, log)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from windtunnel.experiments import cli
 from windtunnel.experiments.layout import Layout
-from windtunnel.sim.hardware import cluster_names, processor_names
+from windtunnel.sim.hardware import cluster_names, fabric_names, load_cluster, processor_names
 
 STEP = {
     "step_time_s", "tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu", "mfu", "breakdown_s",
@@ -99,7 +99,8 @@ def test_help_and_catalogues_load_no_torch() -> None:
     entries = json.loads(hardware)
     assert [entry["name"] for entry in entries["gpus"]] == list(processor_names())
     assert [entry["name"] for entry in entries["clusters"]] == list(cluster_names())
-    assert all(entry["sources"] for entry in entries["gpus"] + entries["clusters"])
+    assert [entry["name"] for entry in entries["fabrics"]] == list(fabric_names())
+    assert all(entry["sources"] for group in entries.values() for entry in group)
     assert all(entry["source"] for entry in json.loads(models)["models"])
     assert [entry["name"] for entry in json.loads(gpu)["gpus"]] == ["a100-80gb"]
     assert [entry["name"] for entry in json.loads(model)["models"]] == ["gpt2"]
@@ -160,6 +161,43 @@ def test_several_sizes_give_a_table_a_csv_and_a_plot(command: Command, tmp_path:
     training = as_json["results"][1]["training"]
     assert training["tokens"] == 1e9
     assert training["days"] * 86_400 * as_json["results"][1]["tokens_per_s"] == pytest.approx(1e9)
+
+
+def test_shapes_compared_by_the_price_of_a_token(command: Command, tmp_path: Path) -> None:
+    clusters = "dgx-a100,aws-p4de,azure-nd96amsr-a100-v4"
+    words = ("simulate", "--model", "gpt-demo", "--cluster", clusters, "--gpus", "8", "--out", str(tmp_path))
+    answer = command(*words, "--tokens", "1e9")
+    assert (answer.code, answer.err) == (0, "")
+    assert "no price" in answer.out
+    assert "cheapest token first" in answer.out
+    header, *lines = (tmp_path / "shapes.csv").read_text().splitlines()
+    assert header.startswith("cluster,gpu,gpus,")
+    assert [line.split(",")[0] for line in lines] == ["aws-p4de", "azure-nd96amsr-a100-v4", "dgx-a100"]
+    dgx, aws, _ = json.loads(command(*words, "--json").out)["results"]
+    assert dgx["price"] is None
+    price = load_cluster("aws-p4de").price
+    assert price is not None
+    assert aws["price"]["per_hour_usd"] == price.per_hour_usd
+    assert aws["price"]["per_million_tokens_usd"] * 3.6e-3 * aws["tokens_per_s"] == pytest.approx(price.per_hour_usd)
+
+
+def test_what_failures_leave(command: Command, tmp_path: Path) -> None:
+    words = (*DEMO, "--cluster", "aws-p4de", "--gpus", "8", "--tokens", "1e12")
+    plain = json.loads(command(*words, "--json").out)
+    assert "goodput" not in plain
+    answer = command(*words, "--goodput", "--restart-s", "900", "--out", str(tmp_path))
+    assert (answer.code, answer.err) == (0, "")
+    for part in ("interrupted every", "goodput", "a month played", "USD", "goodput.png"):
+        assert part in answer.out
+    assert (tmp_path / "goodput.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(
+        command(*words, "--mtbf-hours", "24", "--checkpoint-s", "300", "--restart-s", "600", "--json").out
+    )
+    assert found["goodput"]["interval_s"] / 60 == pytest.approx(117, rel=0.005)  # Daly 2006, figure 3
+    assert found["goodput"]["tokens_per_s"] == pytest.approx(found["goodput"]["share"] * found["tokens_per_s"])
+    assert found["goodput"]["price_usd"] * found["goodput"]["share"] == pytest.approx(found["training"]["price_usd"])
+    check_refused(command(*words, "--mtbf-hours", "0"), "mtbf_hours must be > 0 and finite, got 0")
+    check_refused(command(*words, "--failures", "lama3"), "unknown failure profile 'lama3'", "did you mean 'llama3'")
 
 
 def test_timeline_and_trace_files(command: Command, tmp_path: Path) -> None:
@@ -281,6 +319,11 @@ def test_listings_as_tables_and_files(command: Command, tmp_path: Path) -> None:
         "dgx-a100"
     ]
     assert "megatron-1t" in command("models").out
+    everything = command("hardware").out
+    for part in ("mi300x", "aws-p5", "infiniband-ndr", "llama3"):
+        assert part in everything
+    assert "300 GB/s" in command("hardware", "dgx-a100").out
+    assert "interruptions 268" in command("hardware", "llama3").out
 
 
 # verify #

@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"integer tensors of \[4, 6\] tokens"):
         context("ulysses", 0, 2).cut((x, x[:, :4]), {})
     with pytest.raises(ValueError, match=r"Linear\.forward has no argument 'position_ids'"):
-        context("ulysses", 0, 2).install(nn.Linear(2, 2), [])
+        context("ulysses", 0, 2).check_positions([nn.Linear(2, 2)], "Linear.forward has no argument")
     with pytest.raises(ValueError, match="context_attention"):
         Config.read({"parallel": {"context_attention": "rign"}}, 1)
 

@@ -343,7 +343,6 @@ def test_the_cases_drop_tokens() -> None:
     [
         ({"parallel": {"expert": 3}}, 4, r"parallel\.expert = 3 does not divide the ranks: 3 \* 1 = 3"),
         ({"parallel": {"expert": 0}}, 4, r"parallel\.expert = 0"),
-        ({"parallel": {"expert": 2, "pipeline": 2}}, 4, r"parallel\.expert = 2 and pipeline_size = 2"),
         ({"parallel": {"expert": 2, "context": 2}}, 4, r"parallel\.expert = 2 and parallel\.context = 2"),
         (
             {"parallel": {"expert": 2}, "zero_optimization": {"stage": 2, "mics_shard_size": 2}},

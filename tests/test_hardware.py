@@ -72,7 +72,9 @@ def test_every_cluster_loads_with_a_source_for_each_figure(name: str) -> None:
     tables = {f"{table}.{key}" for table in ("intra_node", "inter_node") for key in vars_of(Fabric)}
     optional = {f"{table}.{key}" for table in ("intra_node", "inter_node") for key in ("start_s", "local_bytes_per_s")}
     required = tables - optional - {"intra_node.nics"} | {"gpus_per_node"} | {f"host.{key}" for key in vars_of(Host)}
-    assert required <= set(cluster.sources) <= required | optional
+    assert required <= set(cluster.sources) <= required | optional | {"price"}
+    assert (cluster.price is not None) == ("price" in cluster.sources)
+    assert all(len(source) >= 15 for source in cluster.sources.values()), cluster.sources
     assert cluster.nodes is None
     cluster.check_gpus(10**6)
 
@@ -82,9 +84,14 @@ def vars_of(kind: type) -> tuple[str, ...]:
 
 
 def test_the_catalogue_has_what_the_contract_names() -> None:
-    gpus = "v100-16gb v100-32gb a100-40gb a100-80gb h100-sxm h100-pcie h200 b200"
+    gpus = "v100-16gb v100-32gb a100-40gb a100-80gb a100-pcie-40gb a100-pcie-80gb h100-sxm h100-pcie h200 b200"
+    gpus += " mi250x mi300x"
     assert set(gpus.split()) <= set(processor_names())
-    assert {"dgx-1", "dgx-2", "dgx-a100", "dgx-a100-40gb", "dgx-h100"} <= set(cluster_names())
+    dgx = "dgx-1 dgx-2 dgx-a100 dgx-a100-40gb dgx-h100 dgx-h200 dgx-b200"
+    aws = "aws-p3 aws-p3dn aws-p4d aws-p4de aws-p5 aws-p5e aws-p5en aws-p6-b200"
+    assert set(f"{dgx} {aws}".split()) <= set(cluster_names())
+    assert sum(name.startswith("azure-nd") for name in cluster_names()) == 6
+    assert sum(name.startswith("gcp-a") for name in cluster_names()) == 6
     assert load_cluster("dgx-a100").processor == load_processor("a100-80gb")
     assert load_cluster("dgx-a100-40gb").processor == load_processor("a100-40gb")
     assert load_cluster("dgx-1").processor == load_processor("v100-16gb")
@@ -101,6 +108,10 @@ def test_the_catalogue_has_what_the_contract_names() -> None:
         ("h100-pcie", "bf16", 756, 80, 2.0),
         ("h200", "fp8", 1979, 141, 4.8),
         ("b200", "bf16", 2250, 180, 7.7),
+        ("a100-pcie-40gb", "bf16", 312, 40, 1.555),
+        ("a100-pcie-80gb", "bf16", 312, 80, 1.935),
+        ("mi250x", "bf16", 191.5, 64, 1.638),
+        ("mi300x", "bf16", 1307.4, 192, 5.3),
     ],
 )
 def test_known_numbers(name: str, dtype: str, tflops: float, gigabytes: float, terabytes_per_s: float) -> None:
@@ -295,9 +306,9 @@ def test_a_catalogue_cluster_without_a_source_is_refused(tmp_path: Path, monkeyp
     (tmp_path / "clusters").mkdir()
     text = (CATALOGUE / "clusters" / "dgx-2.toml").read_text()
     path = tmp_path / "clusters" / "dgx-2.toml"
-    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith('"inter_node.latency_s"')))
-    monkeypatch.setattr("windtunnel.sim.hardware.CATALOGUE", tmp_path)
-    with pytest.raises(ValueError, match=r"dgx-2\.toml: 'inter_node\.latency_s' has no source"):
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith('"inter_node.nics"')))
+    monkeypatch.setattr("windtunnel.sim.entries.CATALOGUE", tmp_path)
+    with pytest.raises(ValueError, match=r"dgx-2\.toml: 'inter_node\.nics' has no source"):
         load_cluster(path)
 
 

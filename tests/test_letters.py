@@ -24,10 +24,10 @@ from windtunnel.engine.wire import written_bytes
 from windtunnel.engine.world import World
 
 
-def make(shared: bool = True) -> GlooCommunicator:
+def make(shared: bool = True, timeout_s: float = 20.0) -> GlooCommunicator:
     group = dist.group.WORLD
     assert group is not None
-    return GlooCommunicator("pipeline", group, _get_default_store(), 20.0, shared_memory=shared)
+    return GlooCommunicator("pipeline", group, _get_default_store(), timeout_s, shared_memory=shared)
 
 
 def in_both_directions(rank: int, world: int, shared: bool) -> list[Tensor]:
@@ -162,6 +162,22 @@ def test_a_message_of_another_size_is_named(two_ranks: World) -> None:
     _, said = two_ranks.run(another_size)
     assert "long, from rank 0 to rank 1" in said
     assert "12 bytes, but number 0 of 16" in said
+
+
+def unread(rank: int, world: int) -> str:
+    communicator = make(timeout_s=0.2)
+    if rank == 0:
+        communicator.send(torch.zeros(3), 1, "for nobody").wait()
+        with pytest.raises(CommunicationError) as error:
+            communicator.close()
+        return str(error.value)
+    communicator.close()
+    return ""
+
+
+def test_a_message_that_nobody_receives_is_told_at_the_end(two_ranks: World) -> None:
+    said, _ = two_ranks.run(unread)
+    assert said == "messages from rank 0 were never received by rank 1: waited 0.2 s when closing"
 
 
 def hear(rank: int, world: int) -> str:

@@ -1,6 +1,8 @@
 """A step of 1F1B on Gloo ranks: our engine and torch.distributed.pipelining, interleaved; writes results/pipeline.csv.
 
-Two models: in one computation takes nearly all of the time, in the other messages and the host's work count.
+Two models: in one computation takes nearly all of the time, in the other messages and the host's work count. Beside
+them our zero-bubble schedule ZB-H1, which needs no more memory than 1F1B, and the least that 1F1B can take: the
+seconds that torch's ranks compute, and its bubble.
 
     python -m windtunnel.experiments.bench.pipeline [ranks ...]
 
@@ -67,9 +69,10 @@ class Times(NamedTuple):
 
 
 def compare(rank: int, world: int, spec: ModelSpec, rounds: int) -> dict[str, Times]:
-    """By who did the steps: "windtunnel", "torch"."""
-    engine = our_engine(spec, world)
-    steps = {"windtunnel": our_step(engine, spec), "torch": their_step(engine, spec, rank, world)}
+    """By who did the steps: "windtunnel", "windtunnel zb-h1", "torch"."""
+    engines = {"windtunnel": our_engine(spec, world, "1f1b"), "windtunnel zb-h1": our_engine(spec, world, "zb-h1")}
+    steps = {name: our_step(engine, spec) for name, engine in engines.items()}
+    steps["torch"] = their_step(engines["windtunnel"], spec, rank, world)
     times = {name: Times([], []) for name in steps}
     for number in range(WARM_UP + rounds):
         order = list(steps) if number % 2 else list(reversed(steps))
@@ -82,7 +85,8 @@ def compare(rank: int, world: int, spec: ModelSpec, rounds: int) -> dict[str, Ti
             if number >= WARM_UP:
                 times[name].wall_s.append(time.perf_counter() - began)
                 times[name].cpu_s.append(busy)
-    engine.close()
+    for engine in engines.values():
+        engine.close()
     return times
 
 
@@ -97,12 +101,12 @@ def tokens_of(spec: ModelSpec) -> Tensor:
     return torch.randint(spec.vocab, (MICRO_BATCHES, spec.seq), generator=torch.Generator().manual_seed(0))
 
 
-def our_engine(spec: ModelSpec, ranks: int) -> PipelineEngine:
+def our_engine(spec: ModelSpec, ranks: int, schedule: str) -> PipelineEngine:
     config = {
         "gradient_accumulation_steps": MICRO_BATCHES,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "pipeline_size": ranks,
-        "pipeline": {"schedule": "1f1b", "partition": "uniform"},
+        "pipeline": {"schedule": schedule, "partition": "uniform"},
     }
     engine, *_ = initialize(new_model(spec), loss_of_logits, config)
     assert isinstance(engine, PipelineEngine)
@@ -161,6 +165,7 @@ def row(spec: ModelSpec, ranks: int, found: Sequence[dict[str, Times]]) -> dict[
     """A line of the results, from what each rank found; CPU seconds are of all ranks together."""
     wall = {name: statistics.median(times.wall_s) for name, times in found[0].items()}
     cpu = {name: sum(statistics.median(rank[name].cpu_s) for rank in found) for name in wall}
+    limit_s = cpu["torch"] / ranks * (1 + (ranks - 1) / MICRO_BATCHES)  # stages alike, messages free
     return {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
@@ -172,6 +177,8 @@ def row(spec: ModelSpec, ranks: int, found: Sequence[dict[str, Times]]) -> dict[
         "windtunnel_s": f"{wall['windtunnel']:.4f}",
         "torch_s": f"{wall['torch']:.4f}",
         "windtunnel_over_torch": f"{wall['windtunnel'] / wall['torch']:.3f}",
+        "zb_h1_over_torch": f"{wall['windtunnel zb-h1'] / wall['torch']:.3f}",
+        "limit_over_torch": f"{limit_s / wall['torch']:.3f}",
         "windtunnel_cpu_s": f"{cpu['windtunnel']:.4f}",
         "torch_cpu_s": f"{cpu['torch']:.4f}",
     }
