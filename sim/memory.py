@@ -146,7 +146,7 @@ def replay_memory(trace: Trace, processor: Processor, *, expandable_segments: bo
                 ledger.begin()
             ledger.enter(moment.number, phase.name, _micro_batch(trace, *at))
         if moment.alloc.tier != "device":
-            elsewhere.change(moment)
+            elsewhere.change(moment.alloc, moment.comes)
         elif moment.comes:
             ledger.take(moment.number, moment.storage, moment.alloc, moment)
         else:

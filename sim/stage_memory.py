@@ -8,7 +8,7 @@ are never fewer bytes than the rank holds.
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -245,6 +245,7 @@ class _Player:
     def __init__(self, flight: StageFlight, ledger: Ledger) -> None:
         self.flight, self.ledger = flight, ledger
         self.elsewhere = Tiers()
+        self._resting: dict[Hashable, Alloc] = {}  # off the device
         self._live: dict[Slot, deque[tuple[Slot, int]]] = defaultdict(deque)  # keys of the ledger, the oldest first
         self._number = 0
 
@@ -276,9 +277,7 @@ class _Player:
             self.ledger.begin()
         self.ledger.enter(self._number + 1, phase.name, micro_batch)
         for change in self.flight.changes[index]:
-            if change.moment.alloc.tier != "device":
-                self.elsewhere.change(change.moment)
-            elif change.moment.comes:
+            if change.moment.comes:
                 self._take(change, micro_batch)
             else:
                 self._give(change, micro_batch)
@@ -287,24 +286,37 @@ class _Player:
     def _take(self, change: Change, micro_batch: int | None) -> None:
         number, moment = self._number + change.offset, change.moment
         if change.slot is None or micro_batch is None:
-            self.ledger.take(number, moment.storage, moment.alloc, moment)
+            self._put(number, moment.storage, moment)
             return
         if change.lasts:  # the flight has one of it, however many micro-batches there are
             self._give_all(number, change.slot)
         key = (change.slot, micro_batch)
         self._live[change.slot].append(key)
-        self.ledger.take(number, key, moment.alloc, moment)
+        self._put(number, key, moment)
 
     def _give(self, change: Change, micro_batch: int | None) -> None:
         number = self._number + change.offset
         if change.slot is None:
-            if self.ledger.holds(change.moment.storage):  # one for all micro-batches goes with the first that is done
-                self.ledger.give(number, change.moment.storage)
+            self._remove(number, change.moment.storage)
         elif micro_batch is None:
             self._give_all(number, change.slot)
         elif self._live[change.slot]:
-            self.ledger.give(number, self._live[change.slot].popleft())
+            self._remove(number, self._live[change.slot].popleft())
 
     def _give_all(self, number: int, slot: Slot) -> None:
         for key in self._live.pop(slot, ()):
+            self._remove(number, key)
+
+    def _put(self, number: int, key: Hashable, moment: Moment) -> None:
+        if moment.alloc.tier == "device":
+            self.ledger.take(number, key, moment.alloc, moment)
+        else:
+            self._resting[key] = moment.alloc
+            self.elsewhere.change(moment.alloc, True)
+
+    def _remove(self, number: int, key: Hashable) -> None:
+        """Once: what there is one of for all micro-batches goes with the first that is done with it."""
+        if self.ledger.holds(key):
             self.ledger.give(number, key)
+        elif key in self._resting:
+            self.elsewhere.change(self._resting.pop(key), False)

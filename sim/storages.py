@@ -68,7 +68,6 @@ class Tiers:
         self.now = {tier: 0 for tier in TIERS if tier != "device"}
         self.most = dict(self.now)
 
-    def change(self, moment: Moment) -> None:
-        tier = moment.alloc.tier
-        self.now[tier] += moment.alloc.nbytes if moment.comes else -moment.alloc.nbytes
-        self.most[tier] = max(self.most[tier], self.now[tier])
+    def change(self, alloc: Alloc, comes: bool) -> None:
+        self.now[alloc.tier] += alloc.nbytes if comes else -alloc.nbytes
+        self.most[alloc.tier] = max(self.most[alloc.tier], self.now[alloc.tier])

@@ -169,6 +169,18 @@ def test_what_one_micro_batch_leaves_to_the_next_is_there_once_or_twice() -> Non
     assert memory.left["buffers"] == 0
 
 
+def test_activations_that_rest_on_the_host_are_counted_there() -> None:
+    plan = SCHEDULES["1f1b"].plan(3, 9)
+    plain = flight(plan)
+    segments = tuple(
+        tuple(Alloc(op.nbytes, op.category, "host") if op == Alloc(KEPT, "activations") else op for op in segment)
+        for segment in plain.segments
+    )
+    memory = rank_memory(posted(plan), 0, read_flight(replace(plain, segments=segments), 1), CPU, MESSAGE)
+    assert memory.elsewhere == {"host": 3 * KEPT, "nvme": 0}
+    assert memory.peak["activations"] == MESSAGE
+
+
 def test_older_versions_of_the_parameters_are_kept() -> None:
     plan = SCHEDULES["pipedream-2bw"].plan(2, 4)
     memory = rank_memory(posted(plan), 0, read_flight(flight(plan), 1), CPU, MESSAGE)
