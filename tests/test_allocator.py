@@ -124,6 +124,16 @@ def test_expandable_segments_grow_in_place() -> None:
     assert small.reserved_bytes == SMALL
 
 
+def test_a_block_that_can_grow_is_kept_for_what_needs_it() -> None:
+    memory = allocator(expandable=True)
+    first, _, last = (memory.allocate(size * MIB) for size in (30, 10, 20))
+    memory.free(first)
+    memory.free(last)  # fits better, but what comes after it has no memory yet
+    assert memory.allocate(15 * MIB).start == 0
+    assert memory.allocate(40 * MIB).start == 40 * MIB
+    assert memory.reserved_bytes == 80 * MIB
+
+
 def test_cached_segments_go_back_before_memory_runs_out() -> None:
     memory = allocator(100 * MIB)
     memory.free(memory.allocate(60 * MIB))

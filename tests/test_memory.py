@@ -145,6 +145,23 @@ def test_the_first_request_too_many() -> None:
     assert (on_cpu.op, on_cpu.reserved_bytes) == ("gelu", 30 * MIB)
 
 
+@pytest.mark.parametrize(("name", "number"), [("first", 0), ("middle", 1), ("last", 5)])
+def test_the_micro_batch_of_the_first_request_too_many(name: str, number: int) -> None:
+    def micro_step(nbytes: int) -> tuple[Op, ...]:
+        return Alloc(nbytes, "activations"), kernel(1), free(0)
+
+    repeats = {"first": 1, "middle": 4, "last": 1}
+    segments = tuple(micro_step(200 if name == each else 100) for each in repeats)
+    phases = tuple(
+        Phase(f"micro-step {each}", 1, (Call(place, "forward", -1),), repeats[each])
+        for place, each in enumerate(repeats)
+    )
+    trace = Trace({"data": 2}, 0, segments, phases)
+    excess = replay_memory(trace, replace(PROCESSOR, kind="cpu", memory_bytes=150)).excess
+    assert excess is not None
+    assert (excess.phase, excess.micro_batch, excess.requested_bytes) == (f"micro-step {name}", number, 200)
+
+
 def test_what_training_begins_with_may_be_too_much() -> None:
     segments = ((Alloc(100, "parameters"),), (Alloc(30, "activations"), free(0)))
     phases = (Phase("initialize", 0, (Call(0, "initialize", -1),)), Phase("update", 1, (Call(1, "forward", -1),)))

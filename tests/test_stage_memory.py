@@ -169,6 +169,36 @@ def test_what_one_micro_batch_leaves_to_the_next_is_there_once_or_twice() -> Non
     assert memory.left["buffers"] == 0
 
 
+def test_the_oldest_micro_batch_goes_first() -> None:
+    """The first micro-batch keeps 40 bytes, the others 100: when it is done, two others are in flight, then three."""
+    plan = SCHEDULES["1f1b"].plan(3, 9)
+    plain = flight(plan)
+    segments, phases = list(plain.segments), []
+    for phase in plain.phases:
+        if phase.name == "forward first 0":
+            segments.append((Alloc(40, "activations"), *segments[phase.calls[0].segment][1:]))
+            phase = replace(phase, calls=(phase.calls[0]._replace(segment=len(segments) - 1),))
+        phases.append(phase)
+    trace = replace(plain, segments=tuple(segments), phases=tuple(phases))
+    memory = rank_memory(posted(plan), 0, read_flight(trace, 1), CPU, MESSAGE)
+    assert memory.total_bytes == STATE + MESSAGE + 3 * KEPT + GRADIENT
+
+
+def test_what_a_flight_never_gives_back_is_there_once() -> None:
+    plan = SCHEDULES["1f1b"].plan(3, 9)
+    plain = flight(plan)
+    made = len(plain.segments)
+    phases = tuple(
+        replace(phase, calls=(*phase.calls, Call(made, "reduction", -1)))
+        if phase.name == "backward middle 0"
+        else phase
+        for phase in plain.phases
+    )
+    trace = replace(plain, segments=(*plain.segments, (Alloc(8, "buffers"),)), phases=phases)
+    memory = rank_memory(posted(plan), 0, read_flight(trace, 1), CPU, MESSAGE)
+    assert memory.left["buffers"] == 8 + 8  # of the first step, which is as flown, and of the second
+
+
 def test_activations_that_rest_on_the_host_are_counted_there() -> None:
     plan = SCHEDULES["1f1b"].plan(3, 9)
     plain = flight(plan)
