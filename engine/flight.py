@@ -6,6 +6,7 @@ This process stands for rank 0 of that world. It runs in the pilot's child proce
 import importlib
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -191,6 +192,7 @@ def _find(path: str) -> Callable[..., Any]:
 def serve(requests_fd: int, answers_fd: int) -> None:
     """The child's loop: plans in, traces or errors out, until the parent hangs up."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle: when it ends, so does this
     requests, answers = Connection(requests_fd, writable=False), Connection(answers_fd, readable=False)
     while True:
         try:
@@ -201,4 +203,7 @@ def serve(requests_fd: int, answers_fd: int) -> None:
             answer: tuple[bool, Any] = (True, fly(plan))
         except Exception as error:
             answer = (False, (type(error).__name__, str(error).strip() or repr(error)))
-        answers.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+        try:
+            answers.send_bytes(pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL))
+        except BrokenPipeError:  # the parent has ended meanwhile
+            return

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +29,9 @@ from ..collectives.trace import (
 )
 from .observer import Observer
 from .operators import describe
+
+DEVICE = torch.ops.prim.device.default
+"""What a fake tensor's `device` is dispatched as."""
 
 NEIGHBOURHOOD = 4
 """A Ref to a block at most this far away is relative: what reaches that far moves along with the block."""
@@ -185,6 +190,8 @@ class _Watch(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for twice per operator; the way through the fake mode takes as long as it
         result = function(*args, **(kwargs or {}))
         if function.namespace != "prim":
             self.recorder.operator(function, args, kwargs or {}, result)

@@ -3,6 +3,7 @@
 cli          the command line: verbs, options, --json, exit codes
 simulate     one training step of a model on a cluster
 pipeline     the same of a job with pipeline stages: each distinct rank flown once
+flights      traces of flights, each flown once: in memory, and on disk for all processes
 prices       what a job costs on rented nodes, shapes of cluster compared by the price of a token
 failures     what interruptions leave of a job's speed
 layout       how a job is laid out: options, their defaults and checks

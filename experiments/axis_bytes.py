@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..collectives.pipeline import sent_messages
-from ..collectives.pipeline_messages import prefetch, with_communication
+from ..collectives.pipeline_messages import with_communication
 from ..collectives.ring import RING
 from ..engine.communicator import Communicator
 from ..engine.engine import initialize
@@ -20,7 +20,7 @@ from ..sim.network import DTYPE_BYTES
 from ..sim.stages import sent_by_axis
 from .layout import Layout, engine_config
 from .models import ModelSpec
-from .pipeline import layers_by_stage, message_bytes, parts_of, price_stages, schedule_plan
+from .pipeline import composed, layers_by_stage, message_bytes, parts_of, schedule_plan
 from .transformer import Transformer, initialize_weights
 
 RINGS: dict[str, Any] = {"communication": {"transport": "sockets", "algorithms": dict.fromkeys(RING, "ring")}}
@@ -33,9 +33,8 @@ def predicted(spec: ModelSpec, layout: Layout, machine: Cluster) -> list[dict[st
     Flown is the first tensor rank, which has the largest part of what does not divide evenly. Of few-element reductions
     over the whole job the mean is predicted: some ranks of a ring send more of them than others.
     """
-    plan = prefetch(with_communication(schedule_plan(layout)))
+    plan, stages, _ = composed(spec, layout, machine)
     nbytes = message_bytes(spec, layout)
-    stages = price_stages(spec, layout, machine, plan)
     return [dict(sent_by_axis(plan, rank, stage, nbytes)) for rank, stage in enumerate(stages)]
 
 

@@ -88,6 +88,11 @@ def simulate(
     no_remedies: Annotated[
         bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
     ] = False,
+    slow_ranks: Annotated[
+        float, typer.Option(help="Slow ranks, drawn at random: below 1 a share of all, else how many.")
+    ] = 0.0,
+    slow_factor: Annotated[float, typer.Option(help="How many times as long they compute.")] = 1.0,
+    slow_seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on: days, price.", show_default=False)] = None,
     goodput: Annotated[bool, typer.Option("--goodput", help="What failures leave of the speed.")] = False,
     failures: Annotated[
@@ -121,6 +126,7 @@ def simulate(
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
         "precision": precision, "fidelity": fidelity, "expandable_segments": expandable_segments,
+        "slow_ranks": slow_ranks, "slow_factor": slow_factor, "slow_seed": slow_seed,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")

@@ -13,6 +13,8 @@ from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
+from ..sim.rank_classes import RankKinds, rank_kinds
+from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ class Options:
     fidelity: str = "closed_form"
     expandable_segments: bool = False
     clip: float = 0.0
+    slow_ranks: float = 0.0
+    slow_factor: float = 1.0
+    slow_seed: int = 0
     engine: str = "{}"
     """Whatever else a DeepSpeed file says, as JSON: the engine that is flown honours it."""
 
@@ -72,7 +77,8 @@ class Options:
 class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
-    Experts are spread over `ep` of the dp ranks.
+    Experts are spread over `ep` of the dp ranks. `slow_ranks` of all ranks, drawn with `slow_seed`, compute
+    `slow_factor` times as long as the others (sim/unlike.py).
     """
 
     model: str
@@ -99,6 +105,9 @@ class Layout:
     fidelity: str
     expandable_segments: bool
     clip: float
+    slow_ranks: float
+    slow_factor: float
+    slow_seed: int
     engine: str
 
 
@@ -143,10 +152,24 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         fidelity=options.fidelity,
         expandable_segments=options.expandable_segments,
         clip=options.clip,
+        slow_ranks=options.slow_ranks,
+        slow_factor=options.slow_factor,
+        slow_seed=options.slow_seed,
         engine=options.engine,
     )
+    kinds_of(layout, cluster)
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
+
+
+def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
+    """The kinds of the job's ranks.
+
+    Raises:
+        ValueError: slow ranks that cannot be.
+    """
+    stragglers = Stragglers(ranks=layout.slow_ranks, factor=layout.slow_factor, seed=layout.slow_seed)
+    return rank_kinds(cluster, layout.gpus, stragglers)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """A pipelined job simulated: each distinct rank flown once, and a step composed of them by the schedule's plan."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from math import prod
@@ -10,13 +10,18 @@ from ..collectives.pipeline import Plan as PipelinePlan
 from ..collectives.pipeline_messages import prefetch, with_communication
 from ..collectives.pipeline_schedules import SCHEDULES
 from ..collectives.trace import SHALLOWEST, Trace, stretch
-from ..engine.pilot import Plan, StageToFly, fly
+from ..engine.pilot import Plan, StageToFly
 from ..sim.hardware import Cluster
 from ..sim.network import DTYPE_BYTES
+from ..sim.pipeline import PipelineStep
+from ..sim.rank_classes import as_job
+from ..sim.remembered import Remembered
 from ..sim.result import StepResult
 from ..sim.stages import Stage, compose_stages, price_pipeline, price_stage
 from ..sim.timeline import pipeline_spans, to_json
-from .layout import Layout, computes_in, counts_blocks, engine_config, with_positions
+from ..sim.uneven_pipeline import compose_uneven
+from .flights import flown
+from .layout import Layout, computes_in, counts_blocks, engine_config, kinds_of, with_positions
 from .models import ModelSpec
 
 Part = tuple[int, bool, bool]
@@ -29,10 +34,10 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
     Args:
         since: `perf_counter` when the work on this answer began.
     """
-    plan = prefetch(with_communication(schedule_plan(layout)))
-    return price_pipeline(
+    plan, stages, step = composed(spec, layout, machine)
+    result = price_pipeline(
         plan,
-        price_stages(spec, layout, machine, plan),
+        stages,
         machine,
         mesh_of(layout),
         message_bytes=message_bytes(spec, layout),
@@ -41,31 +46,52 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         layout=asdict(layout),
         expandable_segments=layout.expandable_segments,
         since=since,
+        step=step,
     )
+    ranks = kinds_of(layout, machine)
+    return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
 def pipeline_timeline(spec: ModelSpec, layout: Layout, machine: Cluster) -> str:
-    """The actions of every pipeline rank as a Perfetto file."""
-    plan = prefetch(with_communication(schedule_plan(layout)))
-    stages = price_stages(spec, layout, machine, plan)
-    step = compose_stages(plan, stages, machine, mesh_of(layout), message_bytes(spec, layout))
+    """The actions of every pipeline rank as a Perfetto file; where pipelines differ, of the one that ends last."""
+    _, _, step = composed(spec, layout, machine)
     return to_json(pipeline_spans(step))
 
 
-def price_stages(spec: ModelSpec, layout: Layout, machine: Cluster, plan: PipelinePlan) -> list[Stage]:
-    """By pipeline rank, what its work costs; ranks with the same chunks are flown once."""
-    parts = parts_of(spec.layers, plan)
-    stages: dict[tuple[Part, ...], Stage] = {}
-    for rank, own in enumerate(parts):
-        if own not in stages:
-            trace = stage_flight(spec, layout, rank, tuple(parts))
-            stages[own] = price_stage(trace, machine, plan, layout.fidelity)
-    return [stages[own] for own in parts]
+def composed(spec: ModelSpec, layout: Layout, machine: Cluster) -> tuple[PipelinePlan, Sequence[Stage], PipelineStep]:
+    """The layout's plan with its messages, what the pipeline ranks' work costs, and the step that they make."""
+    plan = _with_messages(layout.schedule, layout.pp, layout.accumulation, layout.interleave)
+    stage_on = stage_pricer(spec, layout, plan)
+    mesh, nbytes, ranks = mesh_of(layout), message_bytes(spec, layout), kinds_of(layout, machine)
+    if ranks.even_on(machine):
+        stages = [stage_on(rank, machine) for rank in range(plan.ranks)]
+        return plan, stages, compose_stages(plan, stages, machine, mesh, nbytes)
+    uneven = compose_uneven(plan, stage_on, machine, mesh, ranks, nbytes)
+    return plan, uneven.stages, uneven.step
+
+
+def stage_pricer(spec: ModelSpec, layout: Layout, plan: PipelinePlan) -> Callable[[int, Cluster], Stage]:
+    """What prices a pipeline rank on a cluster; ranks with the same chunks are flown once."""
+    parts = tuple(parts_of(spec.layers, plan))
+    stages: dict[tuple[tuple[Part, ...], Cluster], Stage] = {}
+
+    def stage_on(rank: int, machine: Cluster) -> Stage:
+        if (parts[rank], machine) not in stages:
+            trace = stage_flight(spec, layout, rank, parts)
+            stages[parts[rank], machine] = price_stage(trace, machine, plan, layout.fidelity)
+        return stages[parts[rank], machine]
+
+    return stage_on
 
 
 def message_bytes(spec: ModelSpec, layout: Layout) -> int:
     """What a stage hands to the next one of a micro-batch, and gets back."""
     return prod(hidden_shape(spec, layout)) * DTYPE_BYTES[layout.precision]
+
+
+@lru_cache(maxsize=64)
+def _with_messages(schedule: str, ranks: int, micro_batches: int, chunks: int) -> PipelinePlan:
+    return prefetch(with_communication(_plan(schedule, ranks, micro_batches, chunks)))
 
 
 @lru_cache(maxsize=64)
@@ -108,29 +134,38 @@ def hidden_shape(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
     return layout.micro_batch, layout.seq // cut, spec.hidden
 
 
+_DERIVED: Remembered[Trace] = Remembered(256)
+"""Deep stages from shallow flights, and flights in the whole job's mesh."""
+
+
 def stage_flight(spec: ModelSpec, layout: Layout, rank: int, parts: Sequence[tuple[Part, ...]]) -> Trace:
     """The trace of a pipeline rank: its chunks one micro-batch at a time, of each class of micro-batches.
 
     It flies in a pipeline of at most three ranks, the first, itself and the last, because what it does does not depend
-    on how many others there are. A deep stage of a single chunk is flown shallow and stretched.
+    on how many others there are or how deep those are. A deep stage of a single chunk is flown shallow and stretched.
     """
     outer = [0, len(parts) - 1]
     crew = sorted({*outer, rank if rank not in outer else min(1, len(parts) - 1)})
-    few = [parts[member] for member in crew]
-    place = crew.index(rank)
-    shallow = layout.interleave == 1 and layout.schedule != "zb-v" and not counts_blocks(engine_config(layout))
+    place, few = crew.index(rank), tuple(parts[member] for member in crew)
+    counted = counts_blocks(engine_config(layout))
+    whole = few if counted else tuple(own if n == place else _at_most(1, own) for n, own in enumerate(few))
+    shallow = layout.interleave == 1 and layout.schedule != "zb-v" and not counted
+    trace = _fly(spec, layout, place, tuple(_at_most(SHALLOWEST, own) for own in whole) if shallow else whole)
     if shallow:
-        flown = _fly(spec, layout, place, tuple(tuple((min(b, SHALLOWEST), *ends) for b, *ends in own) for own in few))
+        flown_low, blocks = trace, parts[rank][0][0]
         try:
-            trace = stretch(flown, parts[rank][0][0])
+            trace = _DERIVED.of(flown_low, blocks, lambda: stretch(flown_low, blocks))
         except ValueError:  # its blocks do not all do the same, so no block can stand for others
-            trace = _fly(spec, layout, place, tuple(few))
-    else:
-        trace = _fly(spec, layout, place, tuple(few))
-    return replace(trace, world=mesh_of(layout).sizes)
+            trace = _fly(spec, layout, place, whole)
+    sizes = mesh_of(layout).sizes
+    return _DERIVED.of(trace, tuple(sizes.items()), lambda: replace(trace, world=sizes))
 
 
-@lru_cache(maxsize=64)
+def _at_most(blocks: int, own: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Chunks with no more blocks than that."""
+    return tuple((min(number, blocks), first, last) for number, first, last in own)
+
+
 def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ...], ...]) -> Trace:
     ranks = len(parts)
     layers = sum(blocks for own in parts for blocks, *_ in own)
@@ -138,7 +173,7 @@ def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ..
     config = engine_config(layout)
     config["parallel"] |= {"pipeline": ranks}
     config["pipeline"] |= {"partition": "layers", "layers": layers_by_stage(parts, plan)}
-    return fly(
+    return flown(
         Plan(
             factory="windtunnel.experiments.transformer:for_flight",
             arguments={

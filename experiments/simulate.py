@@ -1,21 +1,21 @@
 """`simulate`: one training step of a model on a cluster, without the cluster."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
 from ..collectives.trace_file import dumps
-from ..engine.pilot import Plan, fly
+from ..engine.pilot import Plan
 from ..sim.hardware import Cluster, load_cluster
 from ..sim.memory import replay_memory
+from ..sim.rank_classes import as_job, seen_by
 from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
+from .flights import flown
 from .layout import (
     OFFLOAD_KEYS,
     Layout,
@@ -24,6 +24,7 @@ from .layout import (
     counts_blocks,
     engine_config,
     from_deepspeed,
+    kinds_of,
     refuse,
     resolve,
     with_positions,
@@ -59,10 +60,10 @@ def simulate(
     layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
     if layout.pp > 1:
         return simulate_pipeline(spec, layout, machine, began)
-    trace = flight(spec, layout)
-    return price(
+    trace, ranks = flight(spec, layout), kinds_of(layout, machine)
+    result = price(
         trace,
-        machine,
+        machine if ranks.even_on(machine) else seen_by(machine, ranks.kinds),
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
@@ -70,6 +71,7 @@ def simulate(
         expandable_segments=layout.expandable_segments,
         since=began,
     )
+    return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
 def scaling(
@@ -80,34 +82,22 @@ def scaling(
 
 
 def flight(spec: ModelSpec, layout: Layout) -> Trace:
-    """The trace of a layout, flown once per process; a deep model is flown shallow and stretched."""
-    return _flight(
-        with_positions(spec, layout),
-        world=layout.gpus,
-        micro_batch=layout.micro_batch,
-        seq=layout.seq,
-        accumulation=layout.accumulation,
-        engine=json.dumps(engine_config(layout)),
-    )
-
-
-@lru_cache(maxsize=64)
-def _flight(spec: ModelSpec, *, world: int, micro_batch: int, seq: int, accumulation: int, engine: str) -> Trace:
-    config = json.loads(engine)
+    """The trace of a layout; a deep model is flown shallow and stretched."""
+    spec, config, accumulation = with_positions(spec, layout), engine_config(layout), layout.accumulation
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
     shallow = spec if counts_blocks(config) else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
     plan = Plan(
         factory="windtunnel.experiments.transformer:for_flight",
-        arguments={"spec": shallow, "batch": micro_batch, "seq": seq},
+        arguments={"spec": shallow, "batch": layout.micro_batch, "seq": layout.seq},
         config=config,
-        world=world,
+        world=layout.gpus,
         micro_steps=accumulation,
     )
-    flown = fly(plan)
+    trace = flown(plan)
     try:
-        trace = stretch(flown, spec.layers, MIDDLE + deeper // 2)
+        trace = stretch(trace, spec.layers, MIDDLE + deeper // 2)
     except ValueError:  # its blocks do not all do the same, so no block can stand for others
-        trace = fly(replace(plan, arguments={**plan.arguments, "spec": spec}))
+        trace = flown(replace(plan, arguments={**plan.arguments, "spec": spec}))
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
 
 
@@ -118,7 +108,7 @@ def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult)
     layout = Layout(**result.layout)
     if layout.pp > 1:
         return pipeline_timeline(spec, layout, machine)
-    trace = flight(spec, layout)
+    trace, machine = flight(spec, layout), seen_by(machine, kinds_of(layout, machine).kinds)
     step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
     memory = replay_memory(trace, machine.processor, expandable_segments=layout.expandable_segments)
     return to_json(step.spans, memory)

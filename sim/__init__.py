@@ -5,6 +5,9 @@ entries     the files of the catalogue: names, and where a name or a user's path
 fabrics     the profile of a kind of link, and the links of one level of a cluster's network
 prices      what a node costs per hour, and what a job on several of them does
 hardware    a cluster of processors and its network, read from the catalogue or from a user's file
+unlike      how ranks may differ: slow ones, nodes with another GPU or slower links
+rank_classes  ranks by kind, and the few classes of groups that they make
+uneven_pipeline  a step of a job whose pipelines differ: by themselves, and together in the update
 host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
 transfers   copies and work of the host as simpy processes
 kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
@@ -23,6 +26,8 @@ streams     a device's streams as simpy processes, and how they disturb each oth
 remembered  results that belong to a large value, found again by its identity
 replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
+remembered  results that belong to a large value, found again by its identity
+timetable   when everything in a pipeline plan takes place, in one pass without a clock
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
 failures    how often a job is interrupted, how often it should save, what share of its time is progress

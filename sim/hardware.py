@@ -7,7 +7,8 @@ steps.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from ..collectives.tiers import Tier
@@ -17,6 +18,7 @@ from .fabrics import INTER_NODE, INTRA_NODE, Fabric, FabricProfile, FabricTable,
 from .host import Host
 from .prices import Price
 from .processor import FIGURES, KernelCurve, MatmulPoint, Processor, check_sources, require, require_positive
+from .unlike import NodesLike, Pace, check_apart
 
 __all__ = [
     "CATALOGUE",
@@ -79,6 +81,9 @@ class Cluster:
         fabric: how the nodes are wired; None: as if each node had one link, whatever its NICs, to a switch that never
             blocks.
         host: what lies below the GPUs' memory on a node; None: not known, so nothing can be offloaded there.
+        nodes_like: nodes that differ from the others.
+        paced_by: paces of the ranks that compute together and so wait for each other (sim/rank_classes.py); empty: all
+            have the processor's own.
         price: of one node; None: not known.
     """
 
@@ -91,9 +96,12 @@ class Cluster:
     sources: dict[str, str] = field(hash=False)
     fabric: Wiring | None = None
     host: Host | None = None
+    nodes_like: tuple[NodesLike, ...] = ()
+    paced_by: tuple[Pace, ...] = ()
     price: Price | None = None
 
     def __post_init__(self) -> None:
+        check_apart(self.nodes_like)
         require_positive(self, ("gpus_per_node", "nodes"))
         if self.inter_node is None and self.nodes != 1:
             raise ValueError("'inter_node' is missing: give it, or nodes = 1")
@@ -101,9 +109,20 @@ class Cluster:
             raise ValueError("'fabric' wires nodes, but 'inter_node' is missing: give it, or leave out [fabric]")
 
     @property
+    def paces(self) -> tuple[Pace, ...]:
+        """How fast those compute who wait for each other: of each run of kernels the slowest one counts."""
+        return self.paced_by or (Pace(self.processor),)
+
+    @property
     def gpus(self) -> int | None:
         """How many GPUs there are; None: as many as the job needs."""
         return None if self.nodes is None else self.nodes * self.gpus_per_node
+
+    def narrowed(self, share: float) -> "Cluster":
+        """The cluster with so much of the bandwidth between nodes."""
+        if self.inter_node is None or share == 1.0:
+            return self
+        return replace(self, inter_node=replace(self.inter_node, bytes_per_s=self.inter_node.bytes_per_s * share))
 
     def check_gpus(self, gpus: int) -> None:
         """Raises ValueError when a job on `gpus` GPUs does not fit in the cluster."""
@@ -140,6 +159,21 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _NodesLikeFile:
+    """A table [[nodes_like]] of a cluster file as written; see NodesLike."""
+
+    __pydantic_config__ = STRICT
+
+    first: int = 0
+    count: int = 1
+    gpu: str | None = None
+    inter_node_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        NodesLike(first=self.first, count=self.count, inter_node_share=self.inter_node_share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _ClusterFile:
     """A cluster file as written."""
 
@@ -153,6 +187,7 @@ class _ClusterFile:
     inter_node: FabricTable | None = None
     fabric: Wiring | None = None
     host: Host | None = None
+    nodes_like: tuple[_NodesLikeFile, ...] | None = None
     price: Price | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -214,14 +249,24 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
     A file may start from a `base` of the catalogue; each key that it gives overrides the base. Its keys are `gpu` (a
     catalogue name or a processor file, relative to the cluster file), `gpus_per_node`, `nodes`, the tables
     [intra_node] and [inter_node] with the fields of Fabric, [fabric] with those of Wiring and [host] with those of Host
-    (all of them: it replaces the base's), [price] with those of Price. A network table may name a `fabric` (a catalogue
-    name or a file) and count its `links` or `nics` instead of giving its figures. A file that changes the GPUs of its
-    base does not have the base's price.
+    (all of them: it replaces the base's), [price] with those of Price, and any number of [[nodes_like]] with `first`,
+    `count`, `gpu` and `inter_node_share`, the fields of NodesLike (they replace the base's). A network table may name a
+    `fabric` (a catalogue name or a file) and count its `links` or `nics` instead of giving its figures. A file that
+    changes the GPUs of its base does not have the base's price.
 
     Raises:
         ValueError: one line: an unknown name, a file that cannot be read, or a key that is unknown, wrong or missing.
     """
     path = find(name_or_path, "clusters", "cluster")
+    return _catalogue_cluster(path) if in_catalogue(path) else _read_cluster(path)
+
+
+@cache
+def _catalogue_cluster(path: Path) -> Cluster:
+    return _read_cluster(path)
+
+
+def _read_cluster(path: Path) -> Cluster:
     file = read_into(_ClusterFile, read_toml(path), where(path))
     try:
         if in_catalogue(path):
@@ -265,7 +310,20 @@ def _build_cluster(file: _ClusterFile, path: Path) -> Cluster:
         fabric=file.fabric or (base.fabric if base else None),
         host=file.host or (base.host if base else None),
         price=price,
+        nodes_like=_nodes_like(file, path) if file.nodes_like is not None else (base.nodes_like if base else ()),
         sources={name: source for name, source in sources.items() if name in known},
+    )
+
+
+def _nodes_like(file: _ClusterFile, path: Path) -> tuple[NodesLike, ...]:
+    return tuple(
+        NodesLike(
+            first=table.first,
+            count=table.count,
+            processor=None if table.gpu is None else load_processor(beside(path, table.gpu)),
+            inter_node_share=table.inter_node_share,
+        )
+        for table in file.nodes_like or ()
     )
 
 

@@ -6,7 +6,7 @@ memory needs no clock: one walk over the trace gives the peak. On a GPU the walk
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..collectives.trace import CATEGORIES, Alloc, Collective, Copy, Kernel, Segment, Trace
@@ -135,7 +135,8 @@ def replay_memory(trace: Trace, processor: Processor, *, expandable_segments: bo
     Raises:
         ValueError: the trace frees what it never allocated.
     """
-    ledger = Ledger(trace, processor, expandable_segments=expandable_segments)
+    outside = framework_bytes(trace, processor)
+    ledger = Ledger(trace.segments, processor, outside, expandable_segments=expandable_segments)
     elsewhere = Tiers()
     at = (-1, -1)
     for moment in moments(trace):
@@ -166,9 +167,20 @@ def _micro_batch(trace: Trace, number: int, run: int) -> int | None:
 class Ledger:
     """Who has what of the device's memory, as a program takes it and gives it back."""
 
-    def __init__(self, trace: Trace, processor: Processor, *, expandable_segments: bool = False) -> None:
-        self._trace, self._processor = trace, processor
-        self._framework_bytes = framework_bytes(trace, processor)
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        processor: Processor,
+        framework_bytes: int,
+        *,
+        expandable_segments: bool = False,
+    ) -> None:
+        """
+        Args:
+            segments: of the trace, to name the op for which a storage comes.
+            framework_bytes: that the process takes outside of the allocator.
+        """
+        self._segments, self._processor, self._framework_bytes = segments, processor, framework_bytes
         self._allocator = CachingAllocator(rounding=processor.allocation_bytes, expandable=expandable_segments)
         self._blocks: dict[Hashable, tuple[str, int, Block | None]] = {}
         self._now = dict.fromkeys((*CATEGORIES, "counters"), 0)
@@ -252,12 +264,12 @@ class Ledger:
         """Of the allocator; None where there is none."""
         if self._processor.kind != "gpu":
             if self._training and self._excess is None and self._total + size > self._limit:
-                self._exceed(_wants(self._trace, moment), alloc.category, alloc.nbytes, moment)
+                self._exceed(_wants(self._segments, moment), alloc.category, alloc.nbytes, moment)
             return None
         try:
             return self._allocator.allocate(size)
         except OutOfMemoryError:
-            self._exceed(_wants(self._trace, moment), alloc.category, alloc.nbytes, moment)
+            self._exceed(_wants(self._segments, moment), alloc.category, alloc.nbytes, moment)
             return self._allocator.allocate(size)
 
     def _exceed(self, op: str, category: str, nbytes: int, moment: Moment | None) -> None:
@@ -282,12 +294,11 @@ class Ledger:
         self._changes.append((number, category, nbytes))
 
 
-def _wants(trace: Trace, moment: Moment | None) -> str:
+def _wants(segments: Sequence[Segment], moment: Moment | None) -> str:
     """The op for which a storage comes: the next one that does something."""
     if moment is None:
         return "a message between stages"
-    segment: Segment = trace.segments[moment.call.segment]
-    for op in segment[moment.position + 1 :]:
+    for op in segments[moment.call.segment][moment.position + 1 :]:
         match op:
             case Kernel():
                 return op.name

@@ -1,19 +1,22 @@
 """A training step of a pipeline, composed from the prices of its stages: who waits for whom, and for how long.
 
-The plan (collectives/pipeline.py) is played on simpy, one event per action and per message. Messages follow the rule
-that the proof calls rendezvous: they move when both sides have posted them, those from one rank to another one after
-the other. What is posted without waiting overlaps with computation; a send or an exchange that is not holds its rank.
+Messages follow the rule that the proof calls rendezvous: they move when both sides have posted them, those from one
+rank to another one after the other. What is posted without waiting overlaps with computation; a send or an exchange
+that is not holds its rank. `compose` finds all times in one pass (sim/timetable.py); `compose_by_events` plays the plan
+(collectives/pipeline.py) on simpy, one event per action and per message.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, zip_longest
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from simpy.events import Event, ProcessGenerator
 
 from ..collectives.pipeline import FORWARD, Action, Item, Message, Plan, Post, Send, Tag, Wait, kept, messages
+from .remembered import Remembered
 from .replay import CountingEnvironment
+from .timetable import Order, RankTimes, ends_of_steps, evaluate, order
 
 LinkSeconds = Callable[[str, int, int], float]
 """(what: "activation" or "gradient", sender, receiver) -> seconds of a message; ranks are positions in the pipeline."""
@@ -111,16 +114,29 @@ class RankStep:
         exposed_p2p_s: waiting for messages that were on their way or queued behind others.
         bubble_s: waiting for other ranks' work, and for the slowest rank at the end.
         after_s: what follows the last action.
-        spans: all actions of the plan in order.
-        in_flight: (time, activations of one chunk and micro-batch kept from then on).
+        actions: all of the plan in order.
+        starts_s, ends_s: of each.
     """
 
     compute_s: float
     exposed_p2p_s: float
     bubble_s: float
     after_s: float
-    spans: tuple[ActionSpan, ...]
-    in_flight: tuple[tuple[float, int], ...]
+    actions: tuple[Action, ...]
+    starts_s: Sequence[float]
+    ends_s: Sequence[float]
+
+    @property
+    def spans(self) -> tuple[ActionSpan, ...]:
+        """All actions in order, as they ran."""
+        return tuple(map(ActionSpan, self.actions, self.starts_s, self.ends_s))
+
+    @property
+    def in_flight(self) -> tuple[tuple[float, int], ...]:
+        """(time, activations of one chunk and micro-batch kept from then on)."""
+        kept_from_then = accumulate(map(kept, self.actions))
+        times = (span.start_s if span.action.kind == FORWARD else span.end_s for span in self.spans)
+        return tuple(zip(times, kept_from_then, strict=True))
 
     @property
     def breakdown_s(self) -> dict[str, float]:
@@ -139,7 +155,7 @@ class PipelineStep:
     Attributes:
         step_s: of a plan that does not flush: of a step in steady state.
         ranks: by pipeline rank.
-        events: of simpy.
+        events: actions and messages that took place.
     """
 
     step_s: float
@@ -162,15 +178,38 @@ def compose(plan: Plan, stages: Sequence[StagePrice], link: LinkSeconds = free) 
         ValueError: not one price per rank, an action without a price, or ranks that wait for each other.
     """
     _check(plan, stages)
+    ordered = order_of(plan)
+    times = evaluate(
+        ordered,
+        [stages[rank].seconds(action, plan.micro_batches_per_step) for rank, action in ordered.prices],
+        link,
+        [stage.after_s for stage in stages],
+    )
+    return as_composed(plan, stages, times.ranks, len(ordered.doings))
+
+
+def compose_by_events(plan: Plan, stages: Sequence[StagePrice], link: LinkSeconds = free) -> PipelineStep:
+    """As `compose`, played on simpy: the same times but for rounding, without knowing in advance who waits for whom."""
+    _check(plan, stages)
     played = _Played(plan, stages, link)
     played.run()
+    return as_composed(plan, stages, played.ranks, played.env.steps)
+
+
+_ORDERS: Remembered[Order] = Remembered(64)
+
+
+def order_of(plan: Plan) -> Order:
+    """`order`, of which the last ones are remembered."""
+    return _ORDERS.of(plan, None, lambda: order(plan))
+
+
+def as_composed(plan: Plan, stages: Sequence[StagePrice], ranks: Sequence[RankTimes], events: int) -> PipelineStep:
+    """The step that counts, from what its ranks did when."""
     step = 0 if plan.flushes else 1
-    step_s = max(rank.marks[step + 1].now_s - rank.marks[step].now_s for rank in played.ranks)
-    return PipelineStep(
-        step_s=step_s,
-        ranks=tuple(_as_lived(rank, step, step_s) for rank in played.ranks),
-        events=played.env.steps,
-    )
+    step_s = max(rank.marks[step + 1][0] - rank.marks[step][0] for rank in ranks)
+    lived = (_as_lived(plan, number, rank, stages[number], step, step_s) for number, rank in enumerate(ranks))
+    return PipelineStep(step_s=step_s, ranks=tuple(lived), events=events)
 
 
 def _check(plan: Plan, stages: Sequence[StagePrice]) -> None:
@@ -184,42 +223,22 @@ def _check(plan: Plan, stages: Sequence[StagePrice]) -> None:
         raise ValueError(f"the {plan.schedule} plan has no messages; add them by prefetch(with_communication(plan))")
 
 
-def _as_lived(rank: "_Rank", step: int, step_s: float) -> RankStep:
+def _as_lived(plan: Plan, number: int, rank: RankTimes, price: StagePrice, step: int, step_s: float) -> RankStep:
     """The sums of the step that counts; idle time is what is left of it."""
-    begin, end = rank.marks[step : step + 2]
-    compute_s, exposed_s = end.compute_s - begin.compute_s, end.exposed_s - begin.exposed_s
-    kept_from_then = accumulate(kept(span.action) for span in rank.spans)
-    times = (span.start_s if span.action.kind == FORWARD else span.end_s for span in rank.spans)
+    (_, computed_s, waited_s), (_, compute_s, exposed_s) = rank.marks[step : step + 2]
+    compute_s, exposed_s = compute_s - computed_s, exposed_s - waited_s
     return RankStep(
         compute_s=compute_s,
         exposed_p2p_s=exposed_s,
-        bubble_s=step_s - compute_s - exposed_s - rank.price.after_s,
-        after_s=rank.price.after_s,
-        spans=tuple(rank.spans),
-        in_flight=tuple(zip(times, kept_from_then, strict=True)),
+        bubble_s=step_s - compute_s - exposed_s - price.after_s,
+        after_s=price.after_s,
+        actions=tuple(plan.actions(number)),
+        starts_s=rank.starts_s,
+        ends_s=rank.ends_s,
     )
 
 
 # The clock #
-
-
-class _Mark(NamedTuple):
-    """What a rank has done when a step ends, since the start."""
-
-    now_s: float
-    compute_s: float
-    exposed_s: float
-
-
-@dataclass(slots=True)
-class _Rank:
-    """What a rank did so far."""
-
-    price: StagePrice
-    compute_s: float = 0.0
-    exposed_s: float = 0.0
-    spans: list[ActionSpan] = field(default_factory=list)
-    marks: list[_Mark] = field(default_factory=lambda: [_Mark(0.0, 0.0, 0.0)])
 
 
 @dataclass(slots=True)
@@ -236,8 +255,8 @@ class _Played:
 
     def __init__(self, plan: Plan, stages: Sequence[StagePrice], link: LinkSeconds) -> None:
         self.env = CountingEnvironment()
-        self.ranks = [_Rank(price) for price in stages]
-        self._plan, self._link = plan, link
+        self.ranks = [RankTimes() for _ in stages]
+        self._plan, self._stages, self._link = plan, stages, link
         self._transfers: dict[Tag, _Transfer] = {}
         self._free_s: dict[tuple[int, int], float] = {}  # by (sender, receiver): when the last message has arrived
         self._processes = [self.env.process(self._perform(rank)) for rank in range(plan.ranks)]
@@ -246,27 +265,28 @@ class _Played:
         self.env.run()
         for rank, process in enumerate(self._processes):
             if process.is_alive:
-                last = self.ranks[rank].spans[-1].action if self.ranks[rank].spans else "the start"
+                done = list(self._plan.actions(rank))[: len(self.ranks[rank].ends_s)]
+                last = done[-1] if done else "the start"
                 raise ValueError(
                     f"{self._plan.schedule}: rank {rank} waits forever after {last}: the plan's messages do not meet;"
                     f" prefetch(with_communication(plan)) posts them without waiting"
                 )
 
     def _perform(self, number: int) -> ProcessGenerator:
-        rank = self.ranks[number]
-        ends = _ends_of_steps(self._plan, number)
+        rank, price = self.ranks[number], self._stages[number]
+        ends = ends_of_steps(self._plan, number)
         for position, item in enumerate(self._plan.programs[number]):
             if isinstance(item, Action):
-                start_s = self.env.now
-                seconds = rank.price.seconds(item, self._plan.micro_batches_per_step)
+                rank.starts_s.append(self.env.now)
+                seconds = price.seconds(item, self._plan.micro_batches_per_step)
                 yield self.env.timeout(seconds)
                 rank.compute_s += seconds
-                rank.spans.append(ActionSpan(item, start_s, self.env.now))
+                rank.ends_s.append(self.env.now)
             else:
                 yield from self._communicate(number, item)
             if position in ends:
-                yield self.env.timeout(rank.price.after_s)
-                rank.marks.append(_Mark(self.env.now, rank.compute_s, rank.exposed_s))
+                yield self.env.timeout(price.after_s)
+                rank.marks.append((self.env.now, rank.compute_s, rank.exposed_s))
 
     def _communicate(self, number: int, item: Item) -> ProcessGenerator:
         posted = [self._post(number, message) for message in messages(item)]
@@ -297,14 +317,3 @@ class _Played:
     def _arrive(self, transfer: _Transfer) -> ProcessGenerator:
         yield self.env.timeout(transfer.end_s - self.env.now)
         transfer.arrived.succeed()
-
-
-def _ends_of_steps(plan: Plan, rank: int) -> set[int]:
-    """Where in a rank's program the steps end: at the last action, or at the message right after it that it makes."""
-    last: dict[int, int] = {}
-    program = plan.programs[rank]
-    for position, (item, after) in enumerate(zip_longest(program, program[1:])):
-        if isinstance(item, Action):
-            sends = after is not None and any(isinstance(message, Send) for message in messages(after))
-            last[item.micro_batch // plan.micro_batches_per_step] = position + sends
-    return set(last.values())

@@ -117,26 +117,35 @@ class _Rank:
         self._skipped: Mark = defaultdict(float)
         self._runs: Counter[tuple[str, int]] = Counter()
         self._started: dict[tuple[str, int, int, int], tuple[Event, bool]] = {}
+        self._seconds: dict[Collective, float] = {}
         self._prepared = [self._prepare(segment) for segment in trace.segments]
         self.finished = self.env.process(self._host())
 
     def _prepare(self, segment: Segment) -> list[tuple[int, Run | Started | Wait | Synchronize]]:
         """A segment with its kernels priced and joined into runs: (position of the op, what to do)."""
-        # A host that computes itself pays for issuing each op; one that runs ahead of a device is only sometimes late.
-        launch_s, overhead_s = self._launch_s, self.processor.launch_s - self._launch_s
         prepared: list[tuple[int, Run | Started | Wait | Synchronize]] = []
-        kernels: list[tuple[str, float]] = []
+        kernels: list[Kernel] = []
         for position, op in enumerate(segment):
             if isinstance(op, Kernel):
-                kernels.append((op.name, kernel_seconds(op, self.processor) + overhead_s))
+                kernels.append(op)
             elif isinstance(op, Started | Wait | Synchronize):
                 if kernels:
-                    prepared.append((position, Run.of(kernels, launch_s)))
+                    prepared.append((position, self._run(kernels)))
                     kernels = []
                 prepared.append((position, op))
         if kernels:
-            prepared.append((len(segment), Run.of(kernels, launch_s)))
+            prepared.append((len(segment), self._run(kernels)))
         return prepared
+
+    def _run(self, kernels: list[Kernel]) -> Run:
+        """Kernels in a row on the rank, of those that wait for each other, that takes longest."""
+        # A host that computes itself pays for issuing each op; one that runs ahead of a device is only sometimes late.
+        launch_s, overhead_s = self._launch_s, self.processor.launch_s - self._launch_s
+        runs = [
+            [(op.name, pace.factor * (kernel_seconds(op, pace.processor) + overhead_s)) for op in kernels]
+            for pace in self.cluster.paces
+        ]
+        return Run.of(max(runs, key=lambda run: sum(seconds for _, seconds in run)), launch_s)
 
     # The host #
 
@@ -203,9 +212,15 @@ class _Rank:
     def _start(self, op: Started) -> Event:
         if not isinstance(op, Collective):
             return self.transfers.start(op, self._drained())
-        seconds = collective_seconds(op, self.mesh.placement(op.axis), self.network, self.fidelity)
+        seconds = self._collective_seconds(op)
         name = f"{op.kind} {op.label}"
         return self.streams[op.axis].start(name, seconds, after=self._drained())
+
+    def _collective_seconds(self, op: Collective) -> float:
+        if op not in self._seconds:
+            placed = self.mesh.placement(op.axis)
+            self._seconds[op] = collective_seconds(op, placed, self.network, self.fidelity)
+        return self._seconds[op]
 
     def _drained(self) -> Event:
         """When the compute stream has done all that was issued so far."""
@@ -238,10 +253,15 @@ def axes(trace: Trace) -> tuple[str, ...]:
 # Sums that need no clock #
 
 
-def _steady(trace: Trace) -> list[tuple[Call, float]]:
-    """The calls of the steady step with how often each is made, in the mean over steps."""
+def _steady(trace: Trace) -> list[tuple[int, bool, float]]:
+    """(number of a segment, whether it belongs to a forward, how often the steady step runs it in the mean)."""
     last = trace.phases[-1].step
-    return [(call, phase.repeat / phase.every) for phase in trace.phases if phase.step == last for call in phase.calls]
+    times: dict[tuple[int, bool], float] = defaultdict(float)
+    for phase in trace.phases:
+        if phase.step == last:
+            for call in phase.calls:
+                times[call.segment, call.key.startswith("forward")] += phase.repeat / phase.every
+    return [(segment, forward, number) for (segment, forward), number in times.items()]
 
 
 def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars: bool = True) -> dict[str, int]:
@@ -252,8 +272,8 @@ def sent_bytes_by_axis(trace: Trace, network: Topology | None = None, *, scalars
     """
     sent = dict.fromkeys(axes(trace), 0.0)
     mesh = Mesh.of(trace.world)
-    for call, times in _steady(trace):
-        for op in trace.segments[call.segment]:
+    for segment, _, times in _steady(trace):
+        for op in trace.segments[segment]:
             if isinstance(op, Collective) and (scalars or not op.scalar):
                 sent[op.axis] += times * sent_bytes(op, mesh.placement(op.axis), network)
     return {axis: round(nbytes) for axis, nbytes in sent.items()}
@@ -265,10 +285,10 @@ ATTENTION_BACKWARD_SHARE = 4 / 5
 
 def flops(trace: Trace, *, forward_only: bool) -> float:
     total = 0.0
-    for call, times in _steady(trace):
-        if forward_only and not call.key.startswith("forward"):
+    for segment, forward, times in _steady(trace):
+        if forward_only and not forward:
             continue
-        for op in trace.segments[call.segment]:
+        for op in trace.segments[segment]:
             if isinstance(op, Kernel):
                 share = ATTENTION_BACKWARD_SHARE if op.name == "attention_backward" else 1.0
                 total += times * share * op.flops

@@ -168,6 +168,7 @@ def rank_memory(
     processor: Processor,
     message_bytes: int,
     *,
+    framework_bytes: int = 0,
     expandable_segments: bool = False,
 ) -> Memory:
     """What a pipeline rank uses in a step of the plan.
@@ -178,8 +179,10 @@ def rank_memory(
     Args:
         plan: with its messages.
         message_bytes: what a rank receives of a micro-batch from its neighbour.
+        framework_bytes: that its process takes outside of the allocator.
     """
-    player = _Player(flight, Ledger(flight.trace, processor, expandable_segments=expandable_segments))
+    ledger = Ledger(flight.trace.segments, processor, framework_bytes, expandable_segments=expandable_segments)
+    player = _Player(flight, ledger)
     begin = _begin(flight.trace.phases)
     for number in range(begin):
         player.perform(number, None)

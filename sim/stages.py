@@ -14,6 +14,7 @@ from typing import Any
 from ..collectives.groups import Mesh, tiers_along
 from ..collectives.pipeline import UPDATE, Action, Plan, phase_name, sent_messages
 from ..collectives.trace import Trace
+from .framework import framework_bytes
 from .hardware import Cluster
 from .memory import Memory
 from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
@@ -31,10 +32,12 @@ class Stage:
     Attributes:
         replay: of the flight, whose sums are of a whole step.
         flight: what it takes and gives back of memory.
+        framework_bytes: that its process takes outside of the allocator.
     """
 
     replay: Replay
     flight: StageFlight
+    framework_bytes: int
 
     def seconds(self, action: Action, micro_batches: int) -> Mapping[str, float]:
         """By cause, of an action in a step of so many micro-batches."""
@@ -43,6 +46,13 @@ class Stage:
     @property
     def update_s(self) -> Mapping[str, float]:
         return dict(self.replay.phases_s)[UPDATE]
+
+    def with_update_of(self, other: "Stage") -> "Stage":
+        """The same work, and another one's update."""
+        phases = tuple(
+            (name, dict(other.update_s) if name == UPDATE else spent) for name, spent in self.replay.phases_s
+        )
+        return replace(self, replay=replace(self.replay, phases_s=phases))
 
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
         """Of an action on any micro-batch of a step."""
@@ -54,8 +64,11 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
-_FLIGHTS: Remembered[StageFlight] = Remembered(64)
-_MEMORIES: Remembered[Memory] = Remembered(64)
+_REPLAYS: Remembered[Replay] = Remembered(256)
+"""Steps of other numbers of micro-batches are made of the same flights."""
+
+_FLIGHTS: Remembered[StageFlight] = Remembered(256)
+_MEMORIES: Remembered[Memory] = Remembered(256)
 """Layouts that differ in what memory does not ask for are played once."""
 
 
@@ -65,7 +78,7 @@ def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> St
     Args:
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = replay(trace, cluster, fidelity=fidelity)
+    played = _REPLAYS.of(trace, (cluster, fidelity), lambda: replay(trace, cluster, fidelity=fidelity))
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
@@ -76,7 +89,9 @@ def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> St
             forward_flops=flops(counted, forward_only=True),
             executed_flops=flops(counted, forward_only=False),
         ),
-        flight=_FLIGHTS.of(trace, plan.chunks, lambda: read_flight(trace, plan.chunks)),
+        # Traces of the same flight in other meshes have their segments in common.
+        flight=_FLIGHTS.of(trace.segments, (trace.phases, plan.chunks), lambda: read_flight(trace, plan.chunks)),
+        framework_bytes=framework_bytes(trace, cluster.processor),
     )
 
 
@@ -90,13 +105,21 @@ def stage_memories(
     named = (plan.schedule, plan.ranks, plan.micro_batches, plan.chunks)  # which is all that tells plans apart
 
     def of(alike: list[int]) -> Memory:
-        flight, processor = stages[alike[0]].flight, cluster.processor
+        stage, processor = stages[alike[0]], cluster.processor
 
         def play() -> Memory:
-            rank = hungriest(plan, alike, flight)
-            return rank_memory(plan, rank, flight, processor, message_bytes, expandable_segments=expandable_segments)
+            return rank_memory(
+                plan,
+                hungriest(plan, alike, stage.flight),
+                stage.flight,
+                processor,
+                message_bytes,
+                framework_bytes=stage.framework_bytes,
+                expandable_segments=expandable_segments,
+            )
 
-        return _MEMORIES.of(flight, (named, tuple(alike), processor, message_bytes, expandable_segments), play)
+        asked = (named, tuple(alike), processor, message_bytes, stage.framework_bytes, expandable_segments)
+        return _MEMORIES.of(stage.flight, asked, play)
 
     return [of(alike) for alike in ranks.values()]
 
@@ -113,6 +136,7 @@ def price_pipeline(
     layout: Mapping[str, Any],
     expandable_segments: bool = False,
     since: float | None = None,
+    step: PipelineStep | None = None,
 ) -> StepResult:
     """What a step of a pipelined job costs.
 
@@ -122,9 +146,10 @@ def price_pipeline(
         mesh: of the whole job, with an axis "pipeline".
         message_bytes: what a rank sends of a micro-batch to the next stage, and back.
         precision, tokens_per_step, layout, expandable_segments, since: as for `price`.
+        step: what the stages make of the plan, if it is known.
     """
     began = perf_counter() if since is None else since
-    step = compose_stages(plan, stages, cluster, mesh, message_bytes)
+    step = step or compose_stages(plan, stages, cluster, mesh, message_bytes)
     memories = stage_memories(plan, stages, cluster, message_bytes, expandable_segments=expandable_segments)
     memory = max(memories, key=lambda one: one.total_bytes)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
@@ -158,11 +183,12 @@ def compose_stages(
     plan: Plan, stages: Sequence[Stage], cluster: Cluster, mesh: Mesh, message_bytes: int
 ) -> PipelineStep:
     """The step that the stages make of a plan; arguments as for `price_pipeline`."""
-    prices = [_stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
-    return compose(plan, prices, _link(cluster, mesh, message_bytes))
+    prices = [stage_price(plan, rank, stage) for rank, stage in enumerate(stages)]
+    return compose(plan, prices, link_seconds(cluster, mesh, message_bytes))
 
 
-def _stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+def stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
+    """What the actions that a plan has for a rank take, and what follows them."""
     kinds = {(action.kind, action.chunk) for action in plan.actions(rank)}
     return StagePrice(
         actions={place: stage.price(*place, plan.micro_batches_per_step) for place in kinds},
@@ -175,16 +201,19 @@ def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[
     rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
     per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
     causes = dict(stages[rank].update_s)
-    for action in plan.actions(rank):
-        within = replace(action, micro_batch=action.micro_batch % per_step)
-        for cause, seconds in stages[rank].seconds(within, per_step).items():
-            causes[cause] += seconds / steps
+    phases = dict(stages[rank].replay.phases_s)
+    for name, times in Counter(
+        phase_name(Action(action.kind, action.chunk, action.micro_batch % per_step), per_step)
+        for action in plan.actions(rank)
+    ).items():
+        for cause, seconds in phases[name].items():
+            causes[cause] += times * seconds / steps
     causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s
     causes["bubble"] = step.step_s - sum(seconds for cause, seconds in causes.items() if cause != "bubble")
     return causes
 
 
-def _link(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
+def link_seconds(cluster: Cluster, mesh: Mesh, message_bytes: int) -> LinkSeconds:
     """Seconds of a message between pipeline ranks, while all ranks beside them send theirs."""
     tiers = tiers_along(mesh.placement("pipeline"), topology(cluster, mesh.world).tiers)
 

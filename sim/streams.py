@@ -4,9 +4,11 @@ Streams take what the host issues in order, one thing at a time. Computation and
 each other down (they share a GPU's multiprocessors, or a laptop's cores): `Interference` says by how much.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import simpy
 from simpy.events import Event, ProcessGenerator
@@ -77,6 +79,28 @@ class Interference:
             changed.succeed()
 
 
+class Queue:
+    """What was issued and not yet taken, first in, first out; it costs an event only where the taker has to wait."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self.env = env
+        self._items: deque[Any] = deque()
+        self._filled: Event | None = None
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        if self._filled is not None:
+            self._filled.succeed()
+            self._filled = None
+
+    def take(self) -> ProcessGenerator:
+        """The next item, as a simpy process body; there is one taker."""
+        if not self._items:
+            self._filled = self.env.event()
+            yield self._filled
+        return self._items.popleft()
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Kernels that nothing comes between.
@@ -114,7 +138,7 @@ class ComputeStream:
         self.env, self.interference = env, interference
         self.busy = Busy()
         self.spans: list[Span] | None = [] if record else None
-        self._queue = simpy.Store(env)
+        self._queue = Queue(env)
         env.process(self._serve())
 
     def run(self, run: Run) -> None:
@@ -132,7 +156,7 @@ class ComputeStream:
     def _serve(self) -> ProcessGenerator:
         while True:
             idle_since = self.env.now
-            perform, subject, issued_at = yield self._queue.get()
+            perform, subject, issued_at = yield from self._queue.take()
             self.busy.host += self.env.now - idle_since
             yield from perform(subject, issued_at)
 
@@ -180,10 +204,10 @@ class CommunicationStream:
     interference: Interference
     record: bool
     spans: list[Span] = field(default_factory=list)
-    _queue: simpy.Store = field(init=False)
+    _queue: Queue = field(init=False)
 
     def __post_init__(self) -> None:
-        self._queue = simpy.Store(self.env)
+        self._queue = Queue(self.env)
         self.env.process(self._serve())
 
     def start(self, name: str, seconds: float, after: Event) -> Event:
@@ -194,7 +218,7 @@ class CommunicationStream:
 
     def _serve(self) -> ProcessGenerator:
         while True:
-            name, seconds, after, done = yield self._queue.get()
+            name, seconds, after, done = yield from self._queue.take()
             if not after.processed:
                 yield after
             began = self.env.now

@@ -10,7 +10,7 @@ from ..collectives.trace import Copy, HostWork, Kernel
 from .hardware import Cluster
 from .host import copy_seconds, work_seconds
 from .kernel import kernel_seconds
-from .streams import Span
+from .streams import Queue, Span
 
 
 class Transfers:
@@ -27,7 +27,7 @@ class Transfers:
         self.env, self.cluster, self.record = env, cluster, record
         self.ranks = min(ranks, cluster.gpus_per_node)
         self.spans: list[Span] = []
-        self._queues: dict[str, simpy.Store] = {}
+        self._queues: dict[str, Queue] = {}
         self._waits: dict[str, list[Event]] = defaultdict(list)
 
     def wait(self, stream: str, done: Event) -> None:
@@ -41,7 +41,7 @@ class Transfers:
         if stream in ("to_host", "to_device"):
             after = [*after, computed]
         if stream not in self._queues:
-            self._queues[stream] = simpy.Store(self.env)
+            self._queues[stream] = Queue(self.env)
             self.env.process(self._serve(stream))
         done = self.env.event()
         self._queues[stream].put((_name(op), self.seconds(op), after, done))
@@ -67,7 +67,7 @@ class Transfers:
 
     def _serve(self, stream: str) -> ProcessGenerator:
         while True:
-            name, seconds, after, done = yield self._queues[stream].get()
+            name, seconds, after, done = yield from self._queues[stream].take()
             yield from _all(after)
             began = self.env.now
             yield self.env.timeout(seconds)

@@ -1,5 +1,6 @@
 """Worlds of Gloo ranks that start once per session, and are started again when a test has ended one."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,12 @@ WorldOf = Callable[[int], World]
 def _one_thread() -> None:
     """The models are tiny: more threads would only take the ranks' cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flights_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has flown another may use, and no test sees what was flown before."""
+    os.environ["WINDTUNNEL_FLIGHTS"] = str(tmp_path_factory.mktemp("flights"))
 
 
 @pytest.fixture(scope="session")
