@@ -26,7 +26,6 @@ streams     a device's streams as simpy processes, and how they disturb each oth
 remembered  results that belong to a large value, found again by its identity
 replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
-remembered  results that belong to a large value, found again by its identity
 timetable   when everything in a pipeline plan takes place, in one pass without a clock
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file
