@@ -32,4 +32,6 @@ pipeline_clock      when actions run if messages are free, and the share of the 
 pipeline_diagram    a plan as the textbook picture of it
 trace       what one rank did in a training step: segments of ops, calls of segments, repetition
 trace_file  a trace as JSON, and back
+job_file    a job as JSON, and back: its layout and the traces of its distinct ranks
+chakra_file a rank's graph as a Chakra execution trace, and back
 """

@@ -44,6 +44,11 @@ keeping         which results of a block are kept all the same; describes a bloc
 shelf           where a block's saved inputs rest: in place, in one buffer, on the host, in parts
 activation_section  the config's section for the three
 optim           optimizers by name: torch's that go with shards, Lion, LAMB
+one_pass        pieces of a unit stepped in one pass over memory
+fused_modules   a model's modules switched to fused kernels
+kernel_section  the config's section on both
+sim_optimizer   that pass on `sim`, one operator
+sim_cross_entropy  the fused loss on `sim`, one operator
 optimizer       an optimizer on shards: loss scale, clipping, skipped steps
 loss_scale      the loss scale as a state machine
 precision       the config's sections on formats, and what they say together

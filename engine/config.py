@@ -17,6 +17,7 @@ from ..reading import STRICT, read_into
 from .activation_section import ActivationSection
 from .communication_section import Communication, Compression, CompressionSection, compression_of
 from .dialect import translated
+from .kernel_section import KernelSection
 from .mesh import Parallelism, ParallelSection
 from .metrics import CsvSection, JsonlSection, Monitoring, TensorBoardSection, WandbSection
 from .pipeline_section import PipelineSection
@@ -79,6 +80,7 @@ class Json:
     pipeline_size: int = 1
     parallel: ParallelSection = field(default_factory=ParallelSection)
     pipeline: PipelineSection = field(default_factory=PipelineSection)
+    kernels: KernelSection = field(default_factory=KernelSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Config:
         placement: where shards rest, if not on the device.
         activations: what is computed again in backward.
         pipeline: how the stages of a pipeline work.
+        kernels: what is computed by fused kernels.
     """
 
     zero: Zero
@@ -118,6 +121,7 @@ class Config:
     placement: Placement = field(default_factory=Placement)
     activations: ActivationSection = field(default_factory=ActivationSection)
     pipeline: PipelineSection = field(default_factory=PipelineSection)
+    kernels: KernelSection = field(default_factory=KernelSection)
 
     @property
     def precision(self) -> Literal["as is", "bf16", "fp16"]:
@@ -197,6 +201,7 @@ class Config:
             placement=keys.zero_optimization.placement(),
             activations=keys.activation_checkpointing,
             pipeline=keys.pipeline,
+            kernels=keys.kernels,
         )
 
 

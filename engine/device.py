@@ -3,6 +3,7 @@
 import ctypes
 import os
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..collectives.trace import Copy
-from ..kernels import attention
+from ..kernels import attention, dispatch, linear_cross_entropy
 from .communicator import Communicator, NativeCommunicator, SoloCommunicator
 from .gloo import GlooCommunicator
 from .observer import Observer
@@ -109,6 +110,29 @@ def attention_kernels(device: torch.device) -> ModuleType:
 
         return sim_attention
     return attention
+
+
+def optimizer_step(kernel: str, device: torch.device) -> Callable[..., Any]:
+    """What does one pass of the rule named `kernel` (kernels/one_pass.py) on a device."""
+    if device.type in ("sim", "meta"):
+        from . import sim_optimizer
+
+        # What the host does in a flight is written down as a whole where it is asked for (engine/optimizer_rest.py).
+        return sim_optimizer.step_ if device.type == "sim" else sim_optimizer.nothing
+    return dispatch.optimizer_step(kernel, device.type)
+
+
+def linear_cross_entropy_for(device: torch.device, *, alone: bool) -> Callable[..., Any]:
+    """What has the place of `in_chunks` of kernels/linear_cross_entropy.py on a device.
+
+    Args:
+        alone: the vocabulary is not shared with other ranks; where it is, a flight sees each reduction.
+    """
+    if device.type == "sim" and alone:
+        from . import sim_cross_entropy
+
+        return sim_cross_entropy.in_one
+    return linear_cross_entropy.in_chunks
 
 
 def synchronize(device: torch.device) -> None:

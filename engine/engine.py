@@ -105,6 +105,10 @@ def initialize(
         optimizer=optimizer,
         keeps_products=settings.activations.policy in ("selective", "budget"),
     )
+    if settings.kernels.names:
+        from .fused_modules import fuse
+
+        fuse(model, settings.kernels)
     pattern = _pattern(model, settings, optimizer, model_parameters)
     transfers = transfers_for(model_device(model), communicator, timeout_s, pin=settings.placement.pin_memory)
     kind = _kind_of_engine(model, settings)
@@ -237,7 +241,13 @@ class Engine(Queries, Saves, nn.Module):
             trainable = sorted((u for u in self.runtime.units if u.trainable), key=lambda unit: reduce_order(unit.part))
             self.runtime.host_steps = HostSteps(self.tiers, trainable)
         self.loss_scaler = LossScaler(settings.formats.scaling)
-        self.optimizer = ShardedOptimizer(pattern, self.runtime, clip=settings.clip, scaler=self.loss_scaler)
+        self.optimizer = ShardedOptimizer(
+            pattern,
+            self.runtime,
+            clip=settings.clip,
+            scaler=self.loss_scaler,
+            one_pass="optimizer" in settings.kernels.names,
+        )
         self._loss_is_scaled = False
         self.stateful: dict[str, Any] = {"loss_scaler": self.loss_scaler}
         local = settings.redundancy.local

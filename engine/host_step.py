@@ -89,8 +89,8 @@ class HostSteps:
         rest, hyper = _rest(unit), self.optimizer.hyper(unit)
 
         def job() -> None:
-            self.optimizer.step_unit(unit, used, multiplier, hyper)
-            if rest.outgoing is not rest.master:
+            copied = self.optimizer.step_unit(unit, used, multiplier, hyper)
+            if not copied and rest.outgoing is not rest.master:
                 rest.outgoing.copy_(rest.master)
 
         rest.step(job)

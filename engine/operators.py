@@ -26,6 +26,9 @@ ATTENTION = frozenset(
 )
 """Forward of fused attention: ours on `sim`, torch's elsewhere. Query and key come first."""
 
+OURS = {"attention": 4, "attention_backward": 6}
+"""Attention on `sim`, and which of its arguments says whether it is causal."""
+
 # Operators that read of their first operand only as much as they write.
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
 
@@ -50,12 +53,21 @@ def describe(
     if not fresh and not mutated:
         return None  # a view
     written = sum(map(_bytes, fresh)) + sum(map(_bytes, mutated))
-    sources_read = [tensor for tensor in operands if not _only_written(function, tensor, mutated)]
+    copies = _argument(function, arguments, "copies") or ()
+    sources_read = [
+        tensor
+        for tensor in operands
+        if not _only_written(function, tensor, mutated) and not any(tensor is copy for copy in copies)
+    ]
     first_read = written if name in GATHERS else sum(map(_bytes, sources_read[:1]))
     read = first_read + sum(map(_bytes, sources_read[1:]))
+    if name == "linear_cross_entropy":
+        more_read, more_written = _logit_traffic(*arguments[:2], *arguments[3:5])
+        read, written = read + more_read, written + more_written
     family, flops, shape = _arithmetic(name, arguments, results)
     first = next((t for t in operands if t.is_floating_point()), (list(operands) + list(results))[0])
-    return Kernel(name, family, flops, read, written, DTYPE_NAMES.get(first.dtype, str(first.dtype)), shape)
+    dtype = DTYPE_NAMES.get(first.dtype, str(first.dtype))
+    return Kernel(name, family, flops, read, written, dtype, shape, name in OURS and bool(arguments[OURS[name]]))
 
 
 def flops_of(function: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> float:
@@ -80,6 +92,23 @@ def mutated_operands(function: Any, operands: Sequence[Tensor], arguments: Seque
             given = arguments[position]
             targets += given if isinstance(given, list | tuple) else [given]
     return [target for target in targets if isinstance(target, Tensor)]
+
+
+def _logit_traffic(hidden: Tensor, weight: Tensor, of_hidden: bool, of_weight: bool) -> tuple[int, int]:
+    """(read, written) bytes of the chunks of logits in kernels/linear_cross_entropy.py, which no operand shows.
+
+    They are made by the product; their maximum is taken and subtracted, the exponentials are taken and summed; for
+    gradients they are scaled, and read by each product.
+    """
+    products = int(of_hidden) + int(of_weight)
+    logits = hidden.shape[0] * weight.shape[0] * max(4, hidden.element_size())
+    return logits * (4 + bool(products) + products), logits * (3 + bool(products))
+
+
+def _argument(function: Any, arguments: Sequence[Any], name: str) -> Any:
+    """The positional argument that the schema calls so; None if there is none."""
+    named = (given for known, given in zip(function._schema.arguments, arguments, strict=False) if known.name == name)
+    return next(named, None)
 
 
 def _only_written(function: Any, tensor: Tensor, mutated: Sequence[Tensor]) -> bool:
@@ -110,6 +139,10 @@ def _arithmetic(name: str, arguments: Sequence[Any], results: Sequence[Tensor]) 
                 _attention_flops(arguments[1], arguments[2], matmuls=5),
                 _attention_shape(*arguments[1:3]),
             )
+        case "linear_cross_entropy":
+            # the logits and the gradients of both factors: as many products, each as large
+            hidden, weight = arguments[:2]
+            shape = (1 + sum(map(bool, arguments[3:5])), hidden.shape[0], weight.shape[0], hidden.shape[1])
         case "convolution":
             flops = conv_flop(*arguments, out_val=results[0])
             return "convolution", float(flops), tuple(results[0].shape)

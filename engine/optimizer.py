@@ -19,6 +19,7 @@ from torch.optim import SGD
 
 from .chunks import Chunk, chunks, whole_of
 from .loss_scale import LossScaler
+from .one_pass import PieceToStep, rule_of, step_pieces
 from .optim import FUSED, Lamb, check_shardable
 from .partition import Part
 from .placement import Placement, offloaded
@@ -119,14 +120,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
         kind: torch's class, of which each unit has one.
         scaler: the loss scale.
         overflow: whether the last step was skipped.
+        one_pass: gradients are widened, scaled and applied, and new parameters rounded, in one pass over memory.
         gradient_norm: global norm at the last step before clipping, of gradients without the loss scale; None where it
             is not needed, for clipping or to see an overflow.
     """
 
     def __init__(
-        self, pattern: torch.optim.Optimizer, runtime: ZeroRuntime, *, clip: float, scaler: LossScaler
+        self,
+        pattern: torch.optim.Optimizer,
+        runtime: ZeroRuntime,
+        *,
+        clip: float,
+        scaler: LossScaler,
+        one_pass: bool = False,
     ) -> None:
         check_shardable(pattern)
+        self.one_pass = one_pass
+        for group in pattern.param_groups if one_pass else ():
+            rule_of(type(pattern), group)
         self.runtime, self.clip, self.scaler = runtime, clip, scaler
         self.kind, self.overflow = type(pattern), False
         self.gradient_norm: float | None = None
@@ -183,8 +194,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for unit in self.units:
             self.enter("update", unit)
             if unit.rest is None:
-                self.step_unit(unit, used, multiplier, self.hyper(unit))
-                unit.renew()
+                if not self.step_unit(unit, used, multiplier, self.hyper(unit)):
+                    unit.renew()
             elif host_steps is None or not host_steps.finish(unit):
                 continue
             unit.publish()
@@ -195,15 +206,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """What the unit's parameter group says now."""
         return _hyper(self.param_groups[unit.group], without=("fused", "foreach"))
 
-    def step_unit(self, unit: FlatUnit, used: set, multiplier: float, hyper: dict[str, Any]) -> None:
-        """Step the unit's master by `multiplier` times its gradient shard, wherever the two rest."""
+    def step_unit(self, unit: FlatUnit, used: set, multiplier: float, hyper: dict[str, Any]) -> bool:
+        """Step the unit's master by `multiplier` times its gradient shard, wherever the two rest.
+
+        Returns:
+            Whether the parameters that are computed with have the new values already, wherever they wait to be sent.
+        """
+        if self.one_pass and unit in self._steppers:
+            return self._step_in_one_pass(unit, used, multiplier, hyper)
         gradient = unit.gradient_shard
         if gradient.dtype != unit.master.dtype:
             gradient = gradient.to(unit.master.dtype)
         if multiplier != 1.0:
             gradient.mul_(multiplier)
         if unit not in self._steppers:
-            return
+            return False
         stepper = self._steppers[unit]
         stepper.param_groups[0].update(hyper)
         due = [(piece, tensor) for piece, tensor in self._pieces[unit] if piece.parameter in used]
@@ -217,6 +234,38 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if unit.rest is not None:
             for piece, tensor in self._pieces[unit]:
                 unit.rest.keep(piece.start, self.state[tensor])
+        return False
+
+    def _step_in_one_pass(self, unit: FlatUnit, used: set, multiplier: float, hyper: dict[str, Any]) -> bool:
+        """`step_unit`, but gradient, master and copy are read and written once."""
+        copies = unit.narrow
+        due = [(piece, tensor) for piece, tensor in self._pieces[unit] if piece.parameter in used]
+        pieces = [
+            PieceToStep(
+                tensor,
+                unit.gradient_shard[piece.start : piece.stop],
+                None if copies is None else copies[piece.start : piece.stop],
+                self.state[tensor],
+            )
+            for piece, tensor in due
+        ]
+        stepper = self._steppers[unit]
+        with self._keeping():
+            step_pieces(self.kind, hyper, pieces, multiplier, stepper.complete if isinstance(stepper, Lamb) else None)
+        if copies is not None:
+            self._copy_others(unit, copies, due)
+        if unit.rest is not None:
+            for piece, tensor in self._pieces[unit]:
+                unit.rest.keep(piece.start, self.state[tensor])
+        return copies is not None
+
+    def _copy_others(self, unit: FlatUnit, copies: Tensor, stepped: list[tuple[Piece, Tensor]]) -> None:
+        """What lies between the stepped pieces: parameters that were not used, frozen ones, padding."""
+        start = 0
+        for stop, after in [*((piece.start, piece.stop) for piece, _ in stepped), (copies.numel(), copies.numel())]:
+            if start < stop:
+                copies[start:stop].copy_(unit.master[start:stop])
+            start = after
 
     def _rounds(self, pieces: list[tuple[Piece, Tensor]]) -> list[list[tuple[Piece, Tensor]]]:
         """Pieces that torch steps in one call: its fused SGD wants a momentum for all of them or for none."""

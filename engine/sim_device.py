@@ -100,7 +100,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bo
 
 @torch.library.custom_op("windtunnel::attention_backward", mutates_args=())
 def attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. Shapes only."""
     raise NotImplementedError("windtunnel::attention_backward exists on the sim device only")
@@ -108,19 +108,19 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *_ = inputs
+    query, key, value, _, ctx.causal = inputs
     ctx.save_for_backward(query, key, value, *output)
     ctx.set_materialize_grads(False)  # else the unused gradient of the log-sum-exp is made of zeros
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors), None, None
+    return *attention_backward(gradient, *ctx.saved_tensors, ctx.causal), None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -230,6 +230,15 @@ class FlatUnit:
         """A piece of the master as a tensor of its own."""
         return self.master[piece.start : piece.stop] if self.rest is None else self.rest.piece(piece.start, piece.stop)
 
+    @property
+    def narrow(self) -> Tensor | None:
+        """[s] where a step may write the new values in the parameters' dtype; None if they are to be copied after it,
+        or the master is what is computed with.
+        """
+        if self.rest is not None:
+            return None if self.rest.outgoing is self.rest.master else self.rest.outgoing
+        return None if self.away is not None or self.master is self.shard else self.shard
+
     def renew(self) -> None:
         """The master was stepped: the shard takes its values, wherever it is."""
         if self.rest is not None and self.away is not None:

@@ -25,6 +25,7 @@ train        a whole training loop as an example
 progress     throughput, predicted finish, and a bar
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
+fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
 remedies     what makes a job fit that does not: options changed, each simulated, the fastest first
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
@@ -47,4 +48,8 @@ tables       results as tables in a terminal
 plots        results as pictures
 files        files that are whole or absent; CSV
 bench        runnable comparisons with peers, and their results
+step_files   what simulate --out writes of a step: numbers, pictures, a timeline, Chakra traces
+plots_step   pictures of one step: where time goes, memory, the ranks of a pipeline
+kineto       a PyTorch profiler's trace read as measured kernel times
+profiled     a hardware profile from such times, and measured beside predicted
 """

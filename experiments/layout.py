@@ -11,9 +11,10 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
-from ..sim.rank_classes import RankKinds, rank_kinds
+from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
 from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
@@ -65,6 +66,7 @@ class Options:
     precision: str | None = None
     fidelity: str = "closed_form"
     expandable_segments: bool = False
+    fusion: str = "none"
     clip: float = 0.0
     slow_ranks: float = 0.0
     slow_factor: float = 1.0
@@ -104,6 +106,7 @@ class Layout:
     precision: str
     fidelity: str
     expandable_segments: bool
+    fusion: str
     clip: float
     slow_ranks: float
     slow_factor: float
@@ -151,6 +154,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
         expandable_segments=options.expandable_segments,
+        fusion=options.fusion,
         clip=options.clip,
         slow_ranks=options.slow_ranks,
         slow_factor=options.slow_factor,
@@ -172,6 +176,11 @@ def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
     return rank_kinds(cluster, layout.gpus, stragglers)
 
 
+def as_slowest_sees(layout: Layout, cluster: Cluster) -> Cluster:
+    """The cluster as if all ranks of the job were as slow as its slowest; itself where they are alike."""
+    return seen_by(cluster, kinds_of(layout, cluster).kinds)
+
+
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Raise the one-line error for an option."""
     raise ValueError(f"{name.replace('_', '-')} = {value}; allowed: {allowed}")
@@ -182,6 +191,7 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),

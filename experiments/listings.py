@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..kernels.dispatch import choices
 from ..reading import nearest
 from ..sim.failures import Failures, failure_names, load_failures
 from ..sim.hardware import (
@@ -16,6 +17,7 @@ from ..sim.hardware import (
     load_processor,
     processor_names,
 )
+from ..sim.processor import MEASURED
 from .models import load_model, model_names
 from .tables import entry_table, table
 from .units import with_unit
@@ -38,6 +40,7 @@ class Listing:
         else:
             yield _gpus_table(self.entries["gpus"])
             yield _clusters_table(self.entries["clusters"])
+            yield _kernels_table(self.entries["kernels"])
             yield _fabrics_table(self.entries["fabrics"])
             yield _failures_table(self.entries["failures"])
 
@@ -100,15 +103,15 @@ def list_hardware(name: str | None) -> Listing:
     known = [entry for names, _ in groups.values() for entry in names]
     if name is not None and name not in known:
         raise ValueError(f"name = {name}; allowed: {', '.join(known)}{nearest(name, known)}")
-    return Listing(
-        {group: [load(each) for each in names if name in (None, each)] for group, (names, load) in groups.items()},
-        name,
-    )
+    entries = {group: [load(each) for each in names if name in (None, each)] for group, (names, load) in groups.items()}
+    if name is None:
+        entries["kernels"] = [each._asdict() for each in choices()]
+    return Listing(entries, name)
 
 
 def _processor(processor: Processor) -> dict[str, Any]:
     entry = asdict(processor)
-    return {key: value for key, value in entry.items() if key not in MEASURED_TABLES or value}
+    return {key: value for key, value in entry.items() if key not in MEASURED or value != MEASURED[key]}
 
 
 def _cluster(cluster: Cluster) -> dict[str, Any]:
@@ -150,6 +153,15 @@ def _gpus_table(gpus: list[dict[str, Any]]) -> Any:
     ]
     columns = ("GPU", "memory", "bandwidth", "bf16 TFLOP/s", "fp16", "fp32")
     return table("GPUs (dense peaks)", columns, rows)
+
+
+def _kernels_table(kernels: list[dict[str, str]]) -> Any:
+    """What runs each kernel of kernels/ on this machine's CPU, and would on CUDA."""
+    ways: dict[str, dict[str, str]] = {}
+    for each in kernels:
+        ways.setdefault(each["kernel"], {})[each["device"]] = each["implementation"]
+    rows = [(name, way["cpu"], way["cuda"]) for name, way in ways.items()]
+    return table("fused kernels", ("kernel", "on the CPU", "on CUDA"), rows, note='taken where "kernels.fused" says so')
 
 
 def _clusters_table(clusters: list[dict[str, Any]]) -> Any:

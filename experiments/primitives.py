@@ -18,6 +18,10 @@ from torch.utils._pytree import tree_leaves
 from ..collectives.trace import Kernel
 from ..engine.operators import describe
 from ..engine.sim_device import attention, attention_backward
+from ..engine.sim_optimizer import optimizer_step
+from ..kernels import activations, norms
+from ..kernels.adamw import AdamW
+from ..kernels.one_pass import Shards, chunked_step_
 
 aten = torch.ops.aten
 
@@ -116,6 +120,8 @@ def operators() -> Iterator[Primitive]:
         yield from map(primitive, row_wise(pool, elements))
         yield from map(primitive, losses_and_embeddings(pool, elements))
         yield from map(primitive, optimizers(elements))
+        yield from map(primitive, fused(pool, elements))
+        yield one_pass(elements)
     for batch in (1, 2, 4, 8, 16):
         yield from fused_attention(batch)
     for pieces in (4, 16):
@@ -216,6 +222,31 @@ def optimizers(elements: int) -> Iterable[Run]:
     )
 
 
+def fused(pool: Pool, elements: int) -> Iterable[Run]:
+    """Operators of kernels/ on [elements] values, in rows of WIDTH."""
+    x, y, z = (pool.matrix(max(1, elements // WIDTH), WIDTH, which) for which in range(3))
+    weight, ops = torch.ones(WIDTH), torch.ops.windtunnel
+    _, scales = ops.rms_norm(x, weight, 1e-5)
+    return (
+        lambda: norms.rms_norm(x, weight, 1e-5),
+        lambda: ops.rms_norm_backward(y, x, weight, scales),
+        lambda: activations.swiglu(x, y),
+        lambda: ops.swiglu_backward(x, y, z),
+    )
+
+
+def one_pass(elements: int) -> Primitive:
+    """AdamW in one pass with a copy in bf16, filed under the operator that stands for it in a flight."""
+    elements = elements // 2  # as above
+    master, gradient, mean, square = (torch.full((elements,), 0.1) for _ in range(4))
+    copy, step = torch.empty(elements, dtype=torch.bfloat16), torch.ones(())
+    arguments = [master], [gradient], [mean, square], [copy]
+    kernel = describe(optimizer_step._opoverload, [master, gradient, mean, square, copy], arguments, [])
+    assert kernel is not None
+    shards = Shards([master], [gradient], ([mean], [square]), [step], [copy])
+    return Primitive(kernel, lambda: chunked_step_(AdamW(lr=0.0, weight_decay=0.0), shards))
+
+
 def fused_attention(batch: int) -> Iterator[Primitive]:
     """Causal attention as the transformer calls it, filed under the operators that stand for it in a flight."""
     shape = (batch, SEQ, HEADS, HEAD_SIZE)
@@ -232,11 +263,11 @@ def fused_attention(batch: int) -> Iterator[Primitive]:
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
-    for operator, operands, results, run in (
-        (attention, inputs, (output, sums), forward),
-        (attention_backward, saved, backward(), backward),
+    for operator, operands, rest, results, run in (
+        (attention, inputs, (None, True), (output, sums), forward),
+        (attention_backward, saved, (True,), backward(), backward),
     ):
-        kernel = describe(operator._opoverload, operands, operands, results)
+        kernel = describe(operator._opoverload, operands, (*operands, *rest), results)
         assert kernel is not None
         yield Primitive(kernel, run)
 

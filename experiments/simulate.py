@@ -6,13 +6,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..collectives.job_file import Job, dumps, loads
 from ..collectives.trace import DEEPER, MIDDLE, SHALLOWEST, Trace, repeat_phase, stretch
-from ..collectives.trace_file import dumps
 from ..engine.pilot import Plan
 from ..sim.hardware import Cluster, load_cluster
-from ..sim.memory import replay_memory
+from ..sim.job import price_job, record_job
 from ..sim.rank_classes import as_job, seen_by
-from ..sim.replay import replay
 from ..sim.result import StepResult, price
 from ..sim.timeline import to_json
 from .flights import flown
@@ -20,17 +19,17 @@ from .layout import (
     OFFLOAD_KEYS,
     Layout,
     Options,
+    as_slowest_sees,
     computes_in,
     counts_blocks,
     engine_config,
     from_deepspeed,
     kinds_of,
-    refuse,
     resolve,
     with_positions,
 )
 from .models import ModelSpec, load_model
-from .pipeline import pipeline_timeline, simulate_pipeline
+from .pipeline import pipeline_job, simulate_pipeline
 
 SECONDS_PER_DAY = 86_400
 
@@ -69,6 +68,7 @@ def simulate(
         layout=asdict(layout),
         fidelity=layout.fidelity,
         expandable_segments=layout.expandable_segments,
+        fusion=layout.fusion,
         since=began,
     )
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
@@ -101,29 +101,59 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
 
 
-def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:
-    """The job of `result` as a Perfetto file."""
+def job(model: str | ModelSpec, result: StepResult) -> Job:
+    """The job of `result`: its layout and its traces, all that is needed to price it on another cluster."""
     spec = model if isinstance(model, ModelSpec) else load_model(model)
-    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     layout = Layout(**result.layout)
     if layout.pp > 1:
-        return pipeline_timeline(spec, layout, machine)
-    trace, machine = flight(spec, layout), seen_by(machine, kinds_of(layout, machine).kinds)
-    step = replay(trace, machine, fidelity=result.layout["fidelity"], record=True)
-    memory = replay_memory(trace, machine.processor, expandable_segments=layout.expandable_segments)
-    return to_json(step.spans, memory)
+        return pipeline_job(spec, layout)
+    return Job(
+        layout=asdict(layout),
+        precision=computes_in(layout),
+        tokens_per_step=layout.global_batch * layout.seq,
+        message_bytes=0,
+        traces=(flight(spec, layout),),
+        stages=(0,),
+    )
+
+
+def load_job(path: str | Path) -> Job:
+    """The job in a file that `saved_trace` wrote.
+
+    Raises:
+        ValueError: the file cannot be read, or is none.
+    """
+    try:
+        return loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trace = {path}: {error}") from None
+
+
+def simulate_trace(saved: str | Path | Job, cluster: str | Cluster, *, fidelity: str = "closed_form") -> StepResult:
+    """As `simulate`, of a saved trace on any cluster: nothing is flown, so no torch is needed.
+
+    Raises:
+        ValueError: the file is no trace, or the cluster cannot run the job.
+    """
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    return price_job(saved if isinstance(saved, Job) else load_job(saved), machine, fidelity=fidelity)
+
+
+def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:
+    """The job of `result` as a Perfetto file."""
+    return timeline_of(job(model, result), cluster, result.layout["fidelity"])
+
+
+def timeline_of(what: Job, cluster: str | Cluster, fidelity: str) -> str:
+    """A job as a Perfetto file; where its ranks differ, as it would be if all were as slow as the slowest."""
+    machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
+    machine = as_slowest_sees(Layout(**what.layout), machine)
+    return to_json(record_job(what, machine, fidelity=fidelity).timeline)
 
 
 def saved_trace(model: str | ModelSpec, result: StepResult) -> str:
-    """The trace of the job of `result` as a JSON file.
-
-    Raises:
-        ValueError: a job with stages, of which each has a trace.
-    """
-    if result.layout["pp"] > 1:
-        refuse("save_trace", "FILE", "pp = 1: a job with pipeline stages has a trace for each of them")
-    spec = model if isinstance(model, ModelSpec) else load_model(model)
-    return dumps(flight(spec, Layout(**result.layout)))
+    """The job of `result` as a JSON file: its layout, and the traces of all ranks that differ."""
+    return dumps(job(model, result))
 
 
 def to_rows(results: Sequence[StepResult]) -> list[dict[str, Any]]:

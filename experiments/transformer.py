@@ -68,7 +68,11 @@ def make_norm(spec: ModelSpec) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; each key and value head serves H / K neighbouring query heads."""
+    """Multi-head attention; each key and value head serves H / K neighbouring query heads.
+
+    Attributes:
+        rotate: `rotate` below; the engine may put a fused one in its place (engine/fused_modules.py).
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -78,6 +82,7 @@ class Attention(nn.Module):
         self.causal = spec.attention == "causal"
         self.qkv = Linear(spec.hidden, sum(self.widths), bias=spec.bias)
         self.output = Linear(spec.hidden, spec.hidden, bias=spec.bias)
+        self.rotate = rotate
 
     def forward(self, x_BSD: Tensor, rope_2SE: Tensor | None, bias_1HSS: Tensor | None) -> Tensor:
         q_BSD, k_BSC, v_BSC = self.qkv(x_BSD).split(self.widths, dim=-1)
@@ -85,7 +90,7 @@ class Attention(nn.Module):
         # Here, because hidden states between blocks may be a rank's part of the sequence.
         S = q_BHSE.shape[2]
         if rope_2SE is not None:
-            q_BHSE, k_BKSE = rotate(q_BHSE, rope_2SE[:, :S]), rotate(k_BKSE, rope_2SE[:, :S])
+            q_BHSE, k_BKSE = self.rotate(q_BHSE, rope_2SE[:, :S]), self.rotate(k_BKSE, rope_2SE[:, :S])
         if bias_1HSS is not None:
             bias_1HSS = bias_1HSS[:, :, :S, :S]
         mixed_BHSE = functional.scaled_dot_product_attention(
@@ -114,7 +119,11 @@ class GeluMlp(nn.Module):
 
 
 class SwigluMlp(nn.Module):
-    """Shazeer 2020 (GLU Variants Improve Transformer), equation 6."""
+    """Shazeer 2020 (GLU Variants Improve Transformer), equation 6.
+
+    Attributes:
+        gated: `gated` below; the engine may put a fused one in its place (engine/fused_modules.py).
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -122,9 +131,15 @@ class SwigluMlp(nn.Module):
         self.gate = linear(spec.hidden, spec.ffn)
         self.up = linear(spec.hidden, spec.ffn)
         self.down = linear(spec.ffn, spec.hidden)
+        self.gated = gated
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        return self.down(self.gated(self.gate(x_BSD), self.up(x_BSD)))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return functional.silu(gate) * up
 
 
 class Block(nn.Module):

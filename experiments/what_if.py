@@ -113,6 +113,7 @@ KEYS_WITHOUT_PRICE: dict[str, str] = {
     "communication_compression.min_elements": "small buffers travel as they are",
     "communication.transport": "measured in experiments/bench/results/collectives.csv",
     "communication.tiers": "the choice between algorithms alone",
+    "kernels": "less: as `windtunnel simulate --config` with it says",
     "activation_checkpointing.partition_activations": "nothing with one tensor-parallel rank",
     "activation_checkpointing.number_checkpoints": "memory, by the number of places",
     "dp_size": "nothing: it is checked",

@@ -10,7 +10,10 @@ rank_classes  ranks by kind, and the few classes of groups that they make
 uneven_pipeline  a step of a job whose pipelines differ: by themselves, and together in the update
 host        what lies below the GPUs' memory on a node: seconds of copies, files and optimizer steps there
 transfers   copies and work of the host as simpy processes
-kernel      seconds of one kernel: roofline with tiles and waves, or what was measured
+kernel      seconds of one kernel: roofline, or what was measured
+gemm        seconds of a matrix product: tiles, waves, splits, traffic
+attention   seconds of fused attention: mask, length of the sequence, blocks
+fusion      chains of element-wise kernels as the one kernel that a fusing compiler makes of them
 network     seconds and bytes of a collective: closed form, or every message
 topology    the network as links: which ones a message takes, and how late it is
 flows       max-min fair rates of flows that share links
@@ -31,4 +34,8 @@ stages      what the ranks of a pipeline cost, from their flights, and the step 
 timeline    what ran when, as a Perfetto file
 failures    how often a job is interrupted, how often it should save, what share of its time is progress
 result      what a simulation says: time, breakdown, memory, traffic
+recording   a recorded replay op by op: its spans, what waits for what, memory over time
+pipeline_timeline  a pipelined step as a timeline: actions, messages, the streams inside
+job         a whole job priced and recorded from its traces
+chakra      jobs as Chakra execution traces, a graph per rank, and back
 """

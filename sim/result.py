@@ -27,6 +27,7 @@ class StepResult:
         hardware_tflops_per_gpu: with recomputation.
         mfu: `tflops_per_gpu` over the dense peak at that precision.
         breakdown_s: compute, exposed_communication, bubble, host, offload; sums to the step.
+        communication_s: of the same rank, by axis: {exposed_s, hidden_s}, as in Replay.
         peak_memory_bytes: by category at the peak, their `total`, what the allocator has `reserved`, and what the
             `framework` takes besides.
         fits: reserved + framework <= capacity, cached memory given back where more is asked for than is left.
@@ -45,6 +46,7 @@ class StepResult:
     hardware_tflops_per_gpu: float
     mfu: float
     breakdown_s: Mapping[str, float]
+    communication_s: Mapping[str, Mapping[str, float]]
     peak_memory_bytes: Mapping[str, int]
     fits: bool
     first_to_exceed: Excess | None
@@ -65,6 +67,7 @@ def price(
     layout: Mapping[str, Any],
     fidelity: str = "closed_form",
     expandable_segments: bool = False,
+    fusion: str = "none",
     since: float | None = None,
 ) -> StepResult:
     """Replay a trace on a cluster.
@@ -72,11 +75,12 @@ def price(
     Args:
         precision: dtype whose peak the utilisation is measured against.
         tokens_per_step: of the whole job.
+        fidelity, fusion: as for `replay`; what is kept in memory does not depend on them.
         expandable_segments: of the CUDA allocator (PYTORCH_CUDA_ALLOC_CONF).
         since: `perf_counter` when the work on this answer began, if that was before now.
     """
     began = perf_counter() if since is None else since
-    step = replay(trace, cluster, fidelity=fidelity)
+    step = replay(trace, cluster, fidelity=fidelity, fusion=fusion)
     memory = replay_memory(trace, cluster.processor, expandable_segments=expandable_segments)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * step.forward_flops
     tflops = model_flops / step.step_time_s / 1e12
@@ -87,6 +91,7 @@ def price(
         hardware_tflops_per_gpu=step.executed_flops / step.step_time_s / 1e12,
         mfu=tflops * 1e12 / cluster.processor.peak_flops[precision],
         breakdown_s=step.breakdown_s,
+        communication_s=step.communication_s,
         peak_memory_bytes=peak_memory(memory),
         fits=memory.excess is None,
         first_to_exceed=memory.excess,

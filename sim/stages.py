@@ -43,6 +43,10 @@ class Stage:
         """By cause, of an action in a step of so many micro-batches."""
         return dict(self.replay.phases_s)[phase_name(action, micro_batches)]
 
+    def communication_s(self, name: str) -> Mapping[str, Mapping[str, float]]:
+        """By axis, of a phase."""
+        return dict(self.replay.phases_communication_s)[name]
+
     @property
     def update_s(self) -> Mapping[str, float]:
         return dict(self.replay.phases_s)[UPDATE]
@@ -72,13 +76,16 @@ _MEMORIES: Remembered[Memory] = Remembered(256)
 """Layouts that differ in what memory does not ask for are played once."""
 
 
-def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str) -> Stage:
+def price_stage(trace: Trace, cluster: Cluster, plan: Plan, fidelity: str, fusion: str = "none") -> Stage:
     """Replay the flight of a rank.
 
     Args:
+        fidelity, fusion: as for `replay`.
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = _REPLAYS.of(trace, (cluster, fidelity), lambda: replay(trace, cluster, fidelity=fidelity))
+    played = _REPLAYS.of(
+        trace, (cluster, fidelity, fusion), lambda: replay(trace, cluster, fidelity=fidelity, fusion=fusion)
+    )
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
@@ -163,6 +170,9 @@ def price_pipeline(
         hardware_tflops_per_gpu=executed_flops / step.step_s / 1e12,
         mfu=model_flops / step.step_s / processor.peak_flops[precision],
         breakdown_s=_breakdown(plan, step, stages),
+        communication_s=_communication(
+            plan, step, stages, link_seconds(cluster, mesh, message_bytes)("activation", 0, 1)
+        ),
         peak_memory_bytes=peak_memory(memory),
         fits=all(one.excess is None for one in memories),
         first_to_exceed=next((one.excess for one in memories if one.excess is not None), None),
@@ -196,16 +206,45 @@ def stage_price(plan: Plan, rank: int, stage: Stage) -> StagePrice:
     )
 
 
-def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[str, float]:
-    """Of the rank that is idle least, by cause."""
-    rank = min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
-    per_step, steps = plan.micro_batches_per_step, plan.micro_batches // plan.micro_batches_per_step
-    causes = dict(stages[rank].update_s)
-    phases = dict(stages[rank].replay.phases_s)
-    for name, times in Counter(
+def _busiest(plan: Plan, step: PipelineStep) -> int:
+    """The rank that is idle least."""
+    return min(range(plan.ranks), key=lambda number: step.ranks[number].bubble_s)
+
+
+def _phases(plan: Plan, rank: int) -> Counter[str]:
+    """How often a rank goes through each phase in all of the plan."""
+    per_step = plan.micro_batches_per_step
+    return Counter(
         phase_name(Action(action.kind, action.chunk, action.micro_batch % per_step), per_step)
         for action in plan.actions(rank)
-    ).items():
+    )
+
+
+def _communication(
+    plan: Plan, step: PipelineStep, stages: Sequence[Stage], message_s: float
+) -> dict[str, dict[str, float]]:
+    """Of the rank that is idle least, by axis.
+
+    Args:
+        message_s: of a message to the next stage. What a rank receives counts where it waits for it.
+    """
+    rank, steps = _busiest(plan, step), plan.micro_batches // plan.micro_batches_per_step
+    found = {axis: dict(parts) for axis, parts in stages[rank].communication_s(UPDATE).items()}
+    for name, times in _phases(plan, rank).items():
+        for axis, parts in stages[rank].communication_s(name).items():
+            for part, seconds in parts.items():
+                found[axis][part] += times * seconds / steps
+    messages = sum(sent_messages(plan, rank).values()) / steps
+    exposed_s = step.ranks[rank].exposed_p2p_s
+    return {**found, "pipeline": {"exposed_s": exposed_s, "hidden_s": max(0.0, messages * message_s - exposed_s)}}
+
+
+def _breakdown(plan: Plan, step: PipelineStep, stages: Sequence[Stage]) -> dict[str, float]:
+    """Of the rank that is idle least, by cause."""
+    rank, steps = _busiest(plan, step), plan.micro_batches // plan.micro_batches_per_step
+    causes = dict(stages[rank].update_s)
+    phases = dict(stages[rank].replay.phases_s)
+    for name, times in _phases(plan, rank).items():
         for cause, seconds in phases[name].items():
             causes[cause] += times * seconds / steps
     causes["exposed_communication"] += step.ranks[rank].exposed_p2p_s

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hand_made import PROCESSOR
 from windtunnel.collectives.zero import UnitSize, Zero, model_state_bytes, padded, sent_bytes_per_step
+from windtunnel.engine.fused_modules import fuse
+from windtunnel.engine.kernel_section import KernelSection
 from windtunnel.engine.pilot import Plan, fly
 from windtunnel.engine.world import World
 from windtunnel.sim.memory import replay_memory
@@ -16,7 +18,7 @@ from windtunnel.sim.replay import sent_bytes_by_axis
 
 transformers = pytest.importorskip("transformers", reason="pip install 'windtunnel[hf]'")
 
-from hugging_face import BLOCKS, MODELS, HfOutcome, HfRun, gpt2, save, train_alone, train_rank  # noqa: E402  (needs transformers)
+from hugging_face import BLOCKS, MODELS, HfOutcome, HfRun, batch, gpt2, save, train_alone, train_rank  # noqa: E402  (needs transformers)
 
 REFERENCES: dict[Any, HfOutcome] = {}
 
@@ -87,3 +89,14 @@ def test_whole_weights_load_in_transformers(two_ranks: World, tmp_path: Path) ->
     assert loaded.state_dict().keys() == wanted.keys()
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, wanted[name]), name
+
+
+def test_llamas_norms_become_one_operator_each() -> None:
+    model = MODELS["llama"]()
+    names = [name for name, _ in model.named_parameters()]
+    inputs = batch(0)
+    wanted = model(**inputs).loss
+    assert fuse(model, KernelSection(fused=["norm"])) == {"norm": 2 * model.config.num_hidden_layers + 1}
+    # the model's own computes in fp32 whatever the parameters are
+    torch.testing.assert_close(model(**inputs).loss, wanted, rtol=1e-6, atol=0)
+    assert [name for name, _ in model.named_parameters()] == names

@@ -30,7 +30,7 @@ def test_the_defaults_of_the_contract() -> None:
         "interleave": 1,
         "schedule": "1f1b", "zero": 0, "micro_batch": 1, "global_batch": 32, "accumulation": 1, "seq": 1024,
         "sequence_parallel": False, "recompute": "none", "recompute_budget": None, "offload": "none",
-        "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "clip": 0.0,
+        "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
     }  # fmt: skip
 

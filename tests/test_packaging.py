@@ -17,7 +17,7 @@ def shipped() -> set[str]:
     """What a user needs, by its name in the wheel."""
     files = [*ROOT.glob("*.py"), ROOT / "py.typed"]
     for room in ROOMS:
-        files += [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.toml")]
+        files += [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.toml"), *(ROOT / room).rglob("*.cpp")]
     return {f"windtunnel/{path.relative_to(ROOT).as_posix()}" for path in files}
 
 

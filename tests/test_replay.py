@@ -217,6 +217,23 @@ def test_flops_and_bytes_are_those_of_the_second_step() -> None:
     assert sent_bytes_by_axis(trace, scalars=False) == {"data": 5 * 8}
 
 
+def test_communication_is_exposed_or_hidden_by_axis() -> None:
+    # A kernel of 4 s hides the first 4 of a gather's 6; another of 3 s hides 3 of the next one's 4.
+    ops = (gather(6), kernel(4), wait(0), gather(4), kernel(3), wait(3))
+    result = replay(steps_of(*ops), CLUSTER)
+    assert result.communication_s == {"data": pytest.approx({"exposed_s": 2 + 1, "hidden_s": 4 + 3})}
+    assert result.breakdown_s["exposed_communication"] == pytest.approx(3)
+    [(_, phase)] = result.phases_communication_s
+    assert phase == result.communication_s
+
+
+def test_what_overlaps_slows_the_kernel_down() -> None:
+    # At half speed beside a gather of 4 s, a kernel of 3 s has 2 done when the gather ends, and 1 left.
+    result = replay(steps_of(gather(4), kernel(3)), cluster_with(compute_rate_under_communication=0.5))
+    assert result.breakdown_s["compute"] == pytest.approx(4 + 1)
+    assert result.communication_s["data"] == pytest.approx({"exposed_s": 0, "hidden_s": 4})
+
+
 # A real flight #
 
 
@@ -253,6 +270,8 @@ def faster(cluster: Cluster, gpu: float, network: float) -> Cluster:
         peak_flops=peaks,
         memory_bytes_per_s=gpu * chip.memory_bytes_per_s,
         kernel_floor_s=chip.kernel_floor_s / gpu,
+        matmul_start_s=chip.matmul_start_s / gpu,
+        cache_bytes_per_s=chip.cache_bytes_per_s and chip.cache_bytes_per_s * gpu,
         launch_s=chip.launch_s / gpu,
     )
     return replace(cluster, processor=chip, **links)
