@@ -213,15 +213,15 @@ def received_at_once(plan: Plan, rank: int) -> int:
     return most
 
 
-def hungriest(plan: Plan, ranks: Sequence[int], flight: StageFlight) -> int:
-    """Of ranks with equal flights, the one whose plan keeps the most bytes of activations at once."""
+def hungriest(plan: Plan, ranks: Sequence[int], flight: StageFlight, message_bytes: int) -> int:
+    """Of ranks with equal flights, the one whose plan keeps the most bytes of activations and messages at once."""
 
     def most(rank: int) -> int:
         now = highest = 0
         for action in plan.actions(rank):
             now += kept(action) * flight.kept_bytes[action.chunk]
             highest = max(highest, now)
-        return highest
+        return highest + message_bytes * received_at_once(plan, rank)
 
     return max(ranks, key=most)
 

@@ -117,7 +117,7 @@ def stage_memories(
         def play() -> Memory:
             return rank_memory(
                 plan,
-                hungriest(plan, alike, stage.flight),
+                hungriest(plan, alike, stage.flight, message_bytes),
                 stage.flight,
                 processor,
                 message_bytes,

@@ -40,6 +40,7 @@ def answer(layout: Layout, reserved: float, step_time_s: float = 1.0, limit: flo
         hardware_tflops_per_gpu=0.0,
         mfu=0.0,
         breakdown_s={},
+        communication_s={},
         peak_memory_bytes={"reserved": round(reserved)},
         fits=reserved <= limit,
         first_to_exceed=None if reserved <= limit else EXCESS,

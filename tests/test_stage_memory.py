@@ -115,8 +115,10 @@ def test_a_plan_of_many_micro_batches_is_shortened() -> None:
 
 
 def test_the_first_of_equal_ranks_keeps_most() -> None:
-    plan = SCHEDULES["1f1b"].plan(6, 12)
-    assert hungriest(plan, [1, 2, 3, 4], read_flight(flight(plan), 1)) == 1
+    plan = posted(SCHEDULES["1f1b"].plan(6, 12))
+    assert hungriest(plan, [1, 2, 3, 4], read_flight(flight(plan), 1), MESSAGE) == 1
+    few = posted(SCHEDULES["1f1b"].plan(6, 3))  # of which the first two ranks keep as many
+    assert hungriest(few, [0, 1, 2], read_flight(flight(few), 1), MESSAGE) == 1
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 2), (1, 5), (3, 2)])
