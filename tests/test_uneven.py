@@ -17,7 +17,7 @@ from windtunnel.collectives.pipeline_schedules import schedule
 from windtunnel.collectives.trace import Collective, Op, Segment, Trace
 from windtunnel.experiments.models import load_model
 from windtunnel.experiments.simulate import simulate, timeline
-from windtunnel.sim.hardware import Cluster, Fabric, load_cluster
+from windtunnel.sim.hardware import Cluster, Fabric, load_cluster, load_processor
 from windtunnel.sim.pipeline import compose
 from windtunnel.sim.rank_classes import Kind, RankKinds, pipeline_classes, rank_kinds, seen_by
 from windtunnel.sim.replay import replay
@@ -319,7 +319,9 @@ def test_a_data_parallel_job_waits_for_one_slow_rank() -> None:
     )
     assert replace(even, layout=plain.layout, wall_s=plain.wall_s) == plain
     assert plain.step_time_s < slow.step_time_s <= 1.5 * plain.step_time_s
-    assert slow.breakdown_s["compute"] == pytest.approx(1.5 * plain.breakdown_s["compute"], rel=0.02)
+    # Collectives disturb the slow rank's kernels for as long as the others', which is a smaller part of them.
+    longest_s, rate = 1.5 * plain.breakdown_s["compute"], load_processor("a100-80gb").compute_rate_under_communication
+    assert (1 + rate) / 2 * longest_s < slow.breakdown_s["compute"] < 1.02 * longest_s
     assert slow.peak_memory_bytes == plain.peak_memory_bytes
     assert slow.bytes_sent_per_gpu == plain.bytes_sent_per_gpu
     assert sum(slow.breakdown_s.values()) == pytest.approx(slow.step_time_s, rel=EXACT)
