@@ -69,6 +69,9 @@ class Stage:
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
 
+_REPLAYS: Remembered[Replay] = Remembered(256)
+"""Steps of other numbers of micro-batches are made of the same flights."""
+
 _MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
 
 
@@ -81,7 +84,11 @@ def price_stage(
         fidelity, fusion, overlap: as for `replay`.
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap)
+    played = _REPLAYS.of(
+        trace,
+        (cluster, fidelity, fusion, overlap),
+        lambda: replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap),
+    )
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
