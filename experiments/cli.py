@@ -51,7 +51,10 @@ def demo(as_json: AsJson = False, out: Out = None) -> None:
 @app.command()
 def simulate(
     cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file; several, with commas, by price.")],
-    model: Annotated[str | None, typer.Option(help="Catalogue name or TOML file.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Catalogue name, TOML file, or MODULE:FUNCTION: (model, batch).", show_default=False),
+    ] = None,
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp * cp).", show_default=False)
@@ -125,7 +128,6 @@ def simulate(
     from . import prices
     from . import simulate as simulation
     from .files import write_csv, write_whole
-    from .models import load_model
 
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
@@ -137,6 +139,7 @@ def simulate(
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
+    found = None if model is None else simulation.find_model(model)
     machines = [load_cluster(name) for name in cluster.split(",")]
     asked = goodput or any(value is not None for value in (failures, mtbf_hours, restart_s, checkpoint_s))
     job: Callable[[], Any]
@@ -145,12 +148,12 @@ def simulate(
         job = cache(partial(simulation.load_job, trace))
         jobs: list[tuple[Any, int | None]] = [(machine, None) for machine in machines]
         results = [simulation.simulate_trace(job(), machine, fidelity=fidelity) for machine in machines]
-    elif model is None:
+    elif found is None:
         raise ValueError("Missing option '--model'; allowed: a model, or a saved trace by --trace FILE")
     else:
         jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
-        results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
-        job = cache(partial(simulation.job, model, results[-1]))
+        results = [simulation.simulate(found, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
+        job = cache(partial(simulation.job, found, results[-1]))
     answers = [simulation.to_dict(result) for result in results]
     faults = (
         faulty.Faults(
@@ -161,16 +164,16 @@ def simulate(
     )
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
         answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
-        if faults is not None and model is not None:
-            answer["goodput"] = faulty.goodput(result, load_model(model).parameters, machine, faults, tokens=tokens)
+        if faults is not None and found is not None:
+            answer["goodput"] = faulty.goodput(result, found.parameters, machine, faults, tokens=tokens)
     shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []
     files: dict[str, str] = {}
     if shapes:
         files["csv"] = str(write_csv((out or Path("out/simulate")) / "shapes.csv", shapes))
     elif len(results) > 1 or out is not None:
         files = _scaling_files(results, out)
-    if faults is not None and model is not None and out is not None:
-        savings = faulty.savings_by_size(results[-1], load_model(model).parameters, machines[-1], faults)
+    if faults is not None and found is not None and out is not None:
+        savings = faulty.savings_by_size(results[-1], found.parameters, machines[-1], faults)
         files["goodput_plot"] = str(_goodput_plot(savings, results[-1], out))
     if out is not None:
         from .step_files import write_step
@@ -186,6 +189,8 @@ def simulate(
         from .step_files import write_chakra
 
         files["chakra"] = str(write_chakra(job(), machines[-1], chakra, fidelity))
+    if found is not None:
+        _notes(simulation.notes(found))
     if as_json:
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
@@ -222,7 +227,7 @@ def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[
         if "training" in answer and not shapes:
             training = answer["training"]
             print(
-                f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
+                f"{training['tokens']:.3g} {answer['layout']['counts']} on {answer['layout']['gpus']:,} GPUs:"
                 f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours, {usd(training['price_usd'])}"
             )
         if "goodput" in answer:

@@ -75,7 +75,18 @@ def step_table(results: Sequence[StepResult]) -> "Table":
         )
         for result in results
     ]
-    columns = ("GPUs", "batch", "step", "TFLOP/s", "MFU", "tokens/s", "compute", "exposed comm.", "peak GB", "fits")
+    columns = (
+        "GPUs",
+        "batch",
+        "step",
+        "TFLOP/s",
+        "MFU",
+        f"{layout['counts']}/s",
+        "compute",
+        "exposed comm.",
+        "peak GB",
+        "fits",
+    )
     return table(title, columns, rows)
 
 
