@@ -53,14 +53,15 @@ def read_into(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(json.dumps(data, default=str))
+        built: T = _adapter(kind).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {_sentence(kind, first)}") from None
+    return built
 
 
 @cache
-def _adapter(kind: type[T]) -> "TypeAdapter[T]":
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
     """The checker of a dataclass; making one takes longer than using it."""
     from pydantic import TypeAdapter
 
