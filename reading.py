@@ -6,7 +6,7 @@ All rooms may use it. pydantic does the checking and is imported only when somet
 import difflib
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
