@@ -61,7 +61,7 @@ def read_into(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 @cache
-def _adapter(kind: Hashable) -> "TypeAdapter[Any]":
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
     """The checker of a dataclass; making one takes longer than using it."""
     from pydantic import TypeAdapter
 
