@@ -37,7 +37,7 @@ class FlownStage(PipelineEngine):
         return rehearsal(section.plan(ranks, ranks), self.settings.accumulation)
 
     def _learn_formats(self, inputs: tuple[Any, ...]) -> tuple[list[Format], list[Format]]:
-        between: Format = ((torch.Size(self.flown.shape), DTYPES[self.flown.dtype]),)
+        between: Format = tuple((torch.Size(shape), DTYPES[dtype]) for shape, dtype in self.flown.hands_on)
         enters = [() if chunk.first else between for chunk in self._chunks]
         return enters, [() if chunk.last else between for chunk in self._chunks]
 
