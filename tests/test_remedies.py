@@ -8,6 +8,7 @@ from hand_made import CLUSTER, PROCESSOR
 from windtunnel.experiments import remedies as module
 from windtunnel.experiments.layout import Layout, Options, resolve
 from windtunnel.experiments.models import ModelSpec, load_model
+from windtunnel.experiments.own_models import OwnModel
 from windtunnel.experiments.remedies import changes, flags, remedies
 from windtunnel.experiments.tables import overflow
 from windtunnel.sim.hardware import Cluster, load_cluster
@@ -142,6 +143,12 @@ def test_what_cannot_be_laid_out_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     simulated(monkeypatch, {("pp", 2): (20.0, 0.0), ("zero", 1): (13.0, 0.0)})
     found = remedies(replace(SPEC, layers=1), MACHINE, job())
     assert [remedy.change for remedy in found] == ["--zero 1"]
+
+
+def test_a_module_of_ones_own_has_remedies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated(monkeypatch, {("zero", 3): (13.0, 0.5)})
+    own = OwnModel(name="m:f", folder=".", kind="Mine", parameters=10, trainable=10, layers=2, samples=4, tokens=512)
+    assert [remedy.change for remedy in remedies(own, MACHINE, job())] == ["--zero 3"]
 
 
 def test_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
