@@ -53,6 +53,8 @@ class Kernel:
         flops: floating-point operations; 0 for family "memory".
         read_bytes, write_bytes: each operand once.
         dtype: of the inputs: "fp64", "fp32", "bf16", "fp16", "int64", ...
+        causal: of attention: whether a query sees no later key. `flops` counts all pairs all the same, as model FLOPs
+            do.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Kernel:
     write_bytes: int
     dtype: str
     shape: tuple[int, ...]
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)

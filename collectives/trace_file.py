@@ -26,9 +26,21 @@ OPS: dict[str, type[Op]] = {kind.__name__: kind for kind in KINDS}
 
 
 def dumps(trace: Trace) -> str:
-    """The trace as one JSON object; an op is its class's name and its fields."""
+    """The trace as one JSON object."""
+    return json.dumps(to_plain(trace))
+
+
+def to_plain(trace: Trace) -> dict[str, Any]:
+    """The trace as plain values; an op is its class's name and its fields."""
     segments = [[{"op": type(op).__name__, **asdict(op)} for op in segment] for segment in trace.segments]
-    return json.dumps({**asdict(trace), "segments": segments})
+    phases = [asdict(phase) for phase in trace.phases]
+    return {
+        "world": dict(trace.world),
+        "blocks": trace.blocks,
+        "segments": segments,
+        "phases": phases,
+        "version": trace.version,
+    }
 
 
 def loads(text: str) -> Trace:
@@ -38,10 +50,24 @@ def loads(text: str) -> Trace:
         ValueError: not a trace, or one of a version that this program does not know.
     """
     try:
-        data = json.loads(text)
+        return from_plain(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a trace: {error!r}") from None
+
+
+def from_plain(data: Any) -> Trace:
+    """The trace that `to_plain` was given.
+
+    Raises:
+        ValueError: as for `loads`.
+    """
+    try:
         version = data["version"]
         if version not in range(1, FORMAT_VERSION + 1):
-            raise ValueError(f"version = {version!r} of the trace; this program reads versions 1 to {FORMAT_VERSION}")
+            raise ValueError(
+                f"version = {version!r} of the trace; this program reads versions 1 to {FORMAT_VERSION}: a newer one"
+                " reads newer traces"
+            )
         return Trace(
             world=data["world"],
             blocks=data["blocks"],
@@ -50,7 +76,7 @@ def loads(text: str) -> Trace:
                 Phase(**{**phase, "calls": tuple(Call(*call) for call in phase["calls"])}) for phase in data["phases"]
             ),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a trace: {error!r}") from None
 
 

@@ -26,8 +26,15 @@ ATTENTION = frozenset(
 )
 """Forward of fused attention: ours on `sim`, torch's elsewhere. Query and key come first."""
 
+OURS = {"attention": 4, "attention_backward": 6}
+"""Attention on `sim`, and which of its arguments says whether it is causal."""
+
 # Operators that read of their first operand only as much as they write.
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
+
+
+OVERWRITES = frozenset({"copy_", "zero_", "fill_", "recurrent_cell", "recurrent_cell_backward"})
+"""Operators that write to operands without reading them."""
 
 
 def describe(
@@ -63,7 +70,8 @@ def describe(
         read, written = read + more_read, written + more_written
     family, flops, shape = _arithmetic(name, arguments, results)
     first = next((t for t in operands if t.is_floating_point()), (list(operands) + list(results))[0])
-    return Kernel(name, family, flops, read, written, DTYPE_NAMES.get(first.dtype, str(first.dtype)), shape)
+    dtype = DTYPE_NAMES.get(first.dtype, str(first.dtype))
+    return Kernel(name, family, flops, read, written, dtype, shape, name in OURS and bool(arguments[OURS[name]]))
 
 
 def flops_of(function: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> float:
@@ -109,7 +117,7 @@ def _argument(function: Any, arguments: Sequence[Any], name: str) -> Any:
 
 def _only_written(function: Any, tensor: Tensor, mutated: Sequence[Tensor]) -> bool:
     """Whether an operand is where the result goes: `out=`, or the target of a copy or a fill."""
-    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in ("copy_", "zero_", "fill_")
+    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in OVERWRITES
     return overwrites and any(tensor is target for target in mutated)
 
 
@@ -122,6 +130,9 @@ def _arithmetic(name: str, arguments: Sequence[Any], results: Sequence[Tensor]) 
         case "bmm" | "baddbmm":
             left, right = arguments[-2:]
             shape = (left.shape[0], left.shape[1], right.shape[2], left.shape[2])
+        case "head_products":
+            left, right = arguments
+            shape = (left.shape[0] * left.shape[1], left.shape[2], right.shape[3], left.shape[3])
         case _ if name in ATTENTION:
             return (
                 "attention",

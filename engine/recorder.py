@@ -191,7 +191,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for twice per operator; the way through the fake mode takes as long as it
+            return args[
+                0
+            ].fake_device  # asked for twice per operator; the way through the fake mode takes as long as it
         result = function(*args, **(kwargs or {}))
         if function.namespace != "prim":
             self.recorder.operator(function, args, kwargs or {}, result)

@@ -13,4 +13,4 @@ def block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: flo
 def block_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, whole: Block, *, causal: bool, scale: float
 ) -> Gradients:
-    return Gradients(*attention_backward(gradient, query, key, value, whole.output, whole.logsumexp))
+    return Gradients(*attention_backward(gradient, query, key, value, whole.output, whole.logsumexp, causal))

@@ -281,9 +281,11 @@ def write(cluster: Cluster, path: Path) -> None:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """A table of plain values, tables of plain values, and arrays of such tables."""
+    """A table of plain values, tables of plain values, and arrays of such tables. None is left out."""
     plain, tables = [], []
     for key, value in table.items():
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             tables.append(f"\n[{_key(key)}]\n{to_toml(value)}")
         elif isinstance(value, Sequence) and value and isinstance(value[0], Mapping):

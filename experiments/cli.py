@@ -7,6 +7,9 @@ torch: each verb imports what it needs.
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -48,8 +51,11 @@ def demo(as_json: AsJson = False, out: Out = None) -> None:
 
 @app.command()
 def simulate(
-    model: Annotated[str, typer.Option(help="Catalogue name or TOML file.")],
     cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file; several, with commas, by price.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Catalogue name, TOML file, or MODULE:FUNCTION: (model, batch).", show_default=False),
+    ] = None,
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp * cp).", show_default=False)
@@ -70,17 +76,28 @@ def simulate(
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's.", show_default=False)] = None,
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="With tensor parallelism.")] = False,
     recompute: Annotated[
-        str | None, typer.Option(help="none, selective, full or budget; none.", show_default=False)
+        str | None, typer.Option(help="none, selective, attention, full or budget; none.", show_default=False)
     ] = None,
     recompute_budget: Annotated[
         int | None, typer.Option(help="Bytes of activations that a rank may keep.", show_default=False)
     ] = None,
     offload: Annotated[str, typer.Option(help="none, optimizer or parameters.")] = "none",
     offload_to: Annotated[str, typer.Option(help="host or nvme.")] = "host",
+    attention: Annotated[str | None, typer.Option(help="fused or plain; the model's.", show_default=False)] = None,
+    overlap: Annotated[
+        bool, typer.Option(help="Reduce gradients while backward runs, gather parameters while forward does.")
+    ] = True,
     precision: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="The CUDA allocator grows its segments in place.")
+    ] = False,
+    no_remedies: Annotated[
+        bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
+    ] = False,
+    fusion: Annotated[str, typer.Option(help="none, or elementwise: chains of such kernels as one.")] = "none",
     slow_ranks: Annotated[
         float, typer.Option(help="Slow ranks, drawn at random: below 1 a share of all, else how many.")
     ] = 0.0,
@@ -103,6 +120,12 @@ def simulate(
     config: Annotated[Path | None, typer.Option(help="DeepSpeed JSON.", show_default=False)] = None,
     perfetto: Annotated[Path | None, typer.Option(help="Write a timeline here.", show_default=False)] = None,
     save_trace: Annotated[Path | None, typer.Option(help="Write the trace here.", show_default=False)] = None,
+    chakra: Annotated[
+        Path | None, typer.Option(help="Write Chakra traces here, a file per rank.", show_default=False)
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Price this saved trace instead of a model.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -112,22 +135,34 @@ def simulate(
     from . import prices
     from . import simulate as simulation
     from .files import write_csv, write_whole
-    from .models import load_model
 
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
-        "precision": precision, "fidelity": fidelity, "slow_ranks": slow_ranks, "slow_factor": slow_factor,
-        "slow_seed": slow_seed,
+        "precision": precision, "fidelity": fidelity, "fusion": fusion, "slow_ranks": slow_ranks,
+        "slow_factor": slow_factor, "slow_seed": slow_seed, "expandable_segments": expandable_segments,
+        "attention": attention, "overlap": overlap,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
+    found = None if model is None else simulation.find_model(model)
     machines = [load_cluster(name) for name in cluster.split(",")]
-    jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
-    results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
-    answers = [simulation.to_dict(result) for result in results]
     asked = goodput or any(value is not None for value in (failures, mtbf_hours, restart_s, checkpoint_s))
+    job: Callable[[], Any]
+    if trace is not None:
+        _alone_with_trace({"model": model, "gpus": gpus, "config": config, "goodput": asked or None, **chosen})
+        job = cache(partial(simulation.load_job, trace))
+        jobs: list[tuple[Any, int | None]] = [(machine, None) for machine in machines]
+        results = [simulation.simulate_trace(job(), machine, fidelity=fidelity) for machine in machines]
+    elif found is None:
+        raise ValueError("Missing option '--model'; allowed: a model, or a saved trace by --trace FILE")
+    else:
+        jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
+        results = [simulation.simulate(found, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
+        job = cache(partial(simulation.job, found, results[-1]))
+    answers = [simulation.to_dict(result) for result in results]
+    remedies = () if no_remedies or found is None or len(results) > 1 else _remedies(found, machines[0], results[0])
     faults = (
         faulty.Faults(
             failures=failures or faulty.DEFAULT, mtbf_hours=mtbf_hours, restart_s=restart_s, checkpoint_s=checkpoint_s
@@ -136,32 +171,73 @@ def simulate(
         else None
     )
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
+        answer["remedies"] = [asdict(remedy) for remedy in remedies]
         answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
-        if faults is not None:
-            answer["goodput"] = faulty.goodput(result, load_model(model).parameters, machine, faults, tokens=tokens)
+        if faults is not None and found is not None:
+            answer["goodput"] = faulty.goodput(result, found.parameters, machine, faults, tokens=tokens)
     shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []
     files: dict[str, str] = {}
     if shapes:
         files["csv"] = str(write_csv((out or Path("out/simulate")) / "shapes.csv", shapes))
     elif len(results) > 1 or out is not None:
         files = _scaling_files(results, out)
-    if faults is not None and out is not None:
-        savings = faulty.savings_by_size(results[-1], load_model(model).parameters, machines[-1], faults)
+    if faults is not None and found is not None and out is not None:
+        savings = faulty.savings_by_size(results[-1], found.parameters, machines[-1], faults)
         files["goodput_plot"] = str(_goodput_plot(savings, results[-1], out))
+    if out is not None:
+        from .step_files import write_step
+
+        files |= write_step(job(), machines[-1], results, answers, out)
     if perfetto is not None:
-        files["perfetto"] = str(write_whole(perfetto, simulation.timeline(model, machines[-1], results[-1])))
+        files["perfetto"] = str(write_whole(perfetto, simulation.timeline_of(job(), machines[-1], fidelity)))
     if save_trace is not None:
-        files["trace"] = str(write_whole(save_trace, simulation.saved_trace(model, results[-1])))
+        from ..collectives.job_file import dumps
+
+        files["trace"] = str(write_whole(save_trace, dumps(job())))
+    if chakra is not None:
+        from .step_files import write_chakra
+
+        files["chakra"] = str(write_chakra(job(), machines[-1], chakra, fidelity))
+    if found is not None:
+        _notes(simulation.notes(found))
     if as_json:
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
     _show_steps(results, answers, shapes)
+    if len(results) == 1 and not results[0].fits:
+        _show_overflow(results[0], remedies, searched=not no_remedies)
     for name, path in files.items():
         print(f"{name}: {path}")
 
 
+def _alone_with_trace(options: dict[str, Any]) -> None:
+    """A saved trace has its layout: only how it is priced is open."""
+    from .layout import Options
+
+    for name, value in options.items():
+        if name != "fidelity" and value != getattr(Options(), name, None):
+            raise ValueError(
+                f"{name.replace('_', '-')} = {value} beside --trace; allowed: --cluster, --fidelity and where to write,"
+                " since the saved trace has its own layout"
+            )
+
+
 def _counts(gpus: str | None) -> list[int | None]:
     return [None] if gpus is None else [*_integers("gpus", gpus)]
+
+
+def _remedies(model: Any, machine: Any, result: Any) -> tuple[Any, ...]:
+    """Options under which a job fits that does not."""
+    from .remedies import remedies
+
+    return remedies(model, machine, result, say=_say)
+
+
+def _show_overflow(result: Any, found: tuple[Any, ...], searched: bool) -> None:
+    from .tables import overflow
+
+    for line in overflow(result, found, searched=searched):
+        print(line)
 
 
 def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[dict[str, Any]]) -> None:
@@ -176,7 +252,7 @@ def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[
         if "training" in answer and not shapes:
             training = answer["training"]
             print(
-                f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
+                f"{training['tokens']:.3g} {answer['layout']['counts']} on {answer['layout']['gpus']:,} GPUs:"
                 f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours, {usd(training['price_usd'])}"
             )
         if "goodput" in answer:
@@ -309,13 +385,58 @@ def reproduce(
 
 
 @app.command()
-def calibrate(
-    ranks: Annotated[int, typer.Option(help="Ranks that share this machine.")] = 2,
-    redo: Annotated[bool, typer.Option("--redo", help="Measure again although a profile is kept.")] = False,
+def validate(
+    source: Annotated[str | None, typer.Option(help="Name, or several; all.", show_default=False)] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="iteration time, throughput, memory, collective, scaling; all.", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All figures of a source, not a sample.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Train on Gloo ranks of this machine too.")] = False,
+    cases: Annotated[bool, typer.Option("--cases", help="A line for each case.")] = False,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Measure this machine's primitives into a hardware profile."""
+    """Hold predictions against published measurements, and against Gloo on this machine."""
+    from .validate import to_dict
+    from .validate import validate as run
+
+    result = run(
+        sources=source.split(",") if source else (), kinds=kind.split(",") if kind else (), everything=everything,
+        live=live, out=out, say=_say,
+    )  # fmt: skip
+    if as_json:
+        _print_json(to_dict(result))
+    else:
+        from .tables import show
+        from .validate_report import case_table, excluded_table, summary_table
+
+        if cases:
+            show(case_table(result.cases))
+        show(excluded_table(result))
+        show(summary_table(result))
+        for name, path in result.files.items():
+            print(f"{name}: {path}")
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def calibrate(
+    ranks: Annotated[int, typer.Option(help="Ranks that share this machine.")] = 2,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure again although a profile is kept.")] = False,
+    from_profile: Annotated[
+        Path | None, typer.Option(help="Take kernel times from this torch.profiler trace.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="With --from-profile: the cluster that was profiled.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure this machine's primitives into a hardware profile, or take one from a profiler's trace."""
+    if from_profile is not None:
+        _calibrate_from_profile(from_profile, base, as_json, out)
+        return
     from .calibrate import calibrate as run
     from .calibrate import profile
     from .files import write_whole
@@ -331,6 +452,21 @@ def calibrate(
         measured = {"matmul_points", "kernel_curves", "sources"}
         figures = {name: value for name, value in answer["processor"].items() if name not in measured}
         show(entry_table(cluster.name, {**figures, "ring": answer["intra_node"]}, {}))
+
+
+def _calibrate_from_profile(path: Path, base: str | None, as_json: bool, out: Path | None) -> None:
+    from .profiled import calibrate_from_profile, operator_table, to_dict
+    from .tables import show
+
+    if base is None:
+        raise ValueError("base is missing; allowed: the cluster that was profiled, from the catalogue or a TOML file")
+    hardware = calibrate_from_profile(path, base, out or Path("out/profile"))
+    if as_json:
+        _print_json(to_dict(hardware))
+    else:
+        show(operator_table(hardware))
+        print(f"cluster: {hardware.written}")
+    _notes(tuple(f"{name} is not understood: {why}" for name, (why, _) in hardware.unknown.items()))
 
 
 @app.command()

@@ -11,19 +11,21 @@ from ..collectives.zero import Zero
 from ..engine.activation_section import ActivationSection
 from ..engine.precision import AUTOCAST_FORMATS
 from ..reading import nearest, read_into
+from ..sim.fusion import FUSIONS
 from ..sim.hardware import Cluster
 from ..sim.network import FIDELITIES
-from ..sim.rank_classes import RankKinds, rank_kinds
+from ..sim.rank_classes import RankKinds, rank_kinds, seen_by
 from ..sim.unlike import Stragglers
 from .models import ModelSpec
 
 if TYPE_CHECKING:
     from ..engine.placement import Placement
+    from .own_models import OwnModel
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
 
-RECOMPUTE = ("none", "selective", "full", "budget")
+RECOMPUTE = ("none", "selective", "attention", "full", "budget")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 SAID_BY_OPTIONS = (
@@ -64,7 +66,11 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    expandable_segments: bool = False
+    fusion: str = "none"
     clip: float = 0.0
+    attention: str | None = None
+    overlap: bool = True
     slow_ranks: float = 0.0
     slow_factor: float = 1.0
     slow_seed: int = 0
@@ -76,8 +82,9 @@ class Options:
 class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
-    Experts are spread over `ep` of the dp ranks. `slow_ranks` of all ranks, drawn with `slow_seed`, compute
-    `slow_factor` times as long as the others (sim/unlike.py).
+    Experts are spread over `ep` of the dp ranks. `attention` is the model's `attention_kernel`; without `overlap`
+    gradients are reduced when backward has ended, and parameters are gathered before the next forward begins. Some
+    `slow_ranks`, drawn with `slow_seed`, compute `slow_factor` times as long as the others (sim/unlike.py).
     """
 
     model: str
@@ -102,14 +109,20 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    expandable_segments: bool
+    fusion: str
     clip: float
+    attention: str
+    overlap: bool
     slow_ranks: float
     slow_factor: float
     slow_seed: int
     engine: str
+    counts: str = "tokens"
+    """What `tokens_per_s` counts; "samples" of a model whose inputs are no tokens, with seq = 1."""
 
 
-def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
+def resolve(options: Options, model: "ModelSpec | OwnModel", cluster: Cluster) -> Layout:
     """Fill in the defaults and check that the job is possible.
 
     Raises:
@@ -148,12 +161,21 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        expandable_segments=options.expandable_segments,
+        fusion=options.fusion,
         clip=options.clip,
+        attention=options.attention or model.attention_kernel,
+        overlap=options.overlap,
         slow_ranks=options.slow_ranks,
         slow_factor=options.slow_factor,
         slow_seed=options.slow_seed,
         engine=options.engine,
+        counts=model.counts,
     )
+    if layout.cp > 1 and layout.attention == "plain":
+        refuse("attention", "plain", "fused where ranks share sequences (cp > 1)")
+    if not layout.overlap and layout.zero > 1:
+        refuse("overlap", "false", f"with zero = 0 or 1; zero = {layout.zero} shards what arrives during backward")
     kinds_of(layout, cluster)
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
@@ -169,6 +191,11 @@ def kinds_of(layout: Layout, cluster: Cluster) -> RankKinds:
     return rank_kinds(cluster, layout.gpus, stragglers)
 
 
+def as_slowest_sees(layout: Layout, cluster: Cluster) -> Cluster:
+    """The cluster as if all ranks of the job were as slow as its slowest; itself where they are alike."""
+    return seen_by(cluster, kinds_of(layout, cluster).kinds)
+
+
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Raise the one-line error for an option."""
     raise ValueError(f"{name.replace('_', '-')} = {value}; allowed: {allowed}")
@@ -179,10 +206,12 @@ def _check(options: Options) -> None:
     choices = {
         "recompute": (*RECOMPUTE, None),
         "fidelity": FIDELITIES,
+        "fusion": FUSIONS,
         "precision": (*PRECISIONS, None),
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),
         "offload_to": ("host", "nvme"),
+        "attention": ("fused", "plain", None),
     }
     for name, allowed in choices.items():
         value = getattr(options, name)
@@ -225,11 +254,11 @@ def _batches(options: Options, dp: int) -> tuple[int, int, int]:
     return micro_batch, global_batch, global_batch // per_step
 
 
-def _schedule(options: Options, model: ModelSpec, micro_batches: int) -> str:
+def _schedule(options: Options, model: "ModelSpec | OwnModel", micro_batches: int) -> str:
     """The schedule's name; with several chunks per rank 1F1B is the interleaved one."""
     if options.pp == 1 and options.interleave > 1:
         refuse("interleave", options.interleave, "1 without pipeline stages (pp = 1)")
-    if options.pp * options.interleave > model.layers:
+    if options.pp > 1 and options.pp * options.interleave > model.layers:
         product = f"pp * interleave = {options.pp} * {options.interleave}"
         refuse("pp", options.pp, f"{product} at most the {model.layers} layers of {model.name}")
     if options.pp > 1 and (options.zero or 0) == 3:
@@ -383,8 +412,8 @@ def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def with_positions(spec: ModelSpec, layout: Layout) -> ModelSpec:
-    """The model with positions for the layout's sequences, where it computes them."""
-    return replace(spec, seq=max(spec.seq, layout.seq))
+    """The model with positions for the layout's sequences, where it computes them, and the layout's attention."""
+    return replace(spec, seq=max(spec.seq, layout.seq), attention_kernel=layout.attention)
 
 
 def computes_in(layout: Layout) -> str:

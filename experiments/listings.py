@@ -17,6 +17,7 @@ from ..sim.hardware import (
     load_processor,
     processor_names,
 )
+from ..sim.processor import MEASURED
 from .models import load_model, model_names
 from .tables import entry_table, table
 from .units import with_unit
@@ -110,7 +111,7 @@ def list_hardware(name: str | None) -> Listing:
 
 def _processor(processor: Processor) -> dict[str, Any]:
     entry = asdict(processor)
-    return {key: value for key, value in entry.items() if key not in MEASURED_TABLES or value}
+    return {key: value for key, value in entry.items() if key not in MEASURED or value != MEASURED[key]}
 
 
 def _cluster(cluster: Cluster) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 
 from ..collectives.groups import Mesh
+from ..collectives.job_file import Job
 from ..collectives.pipeline import Plan as PipelinePlan
 from ..collectives.pipeline_messages import prefetch, with_communication
 from ..collectives.pipeline_schedules import SCHEDULES
@@ -18,7 +19,6 @@ from ..sim.rank_classes import as_job
 from ..sim.remembered import Remembered
 from ..sim.result import StepResult
 from ..sim.stages import Stage, compose_stages, price_pipeline, price_stage
-from ..sim.timeline import pipeline_spans, to_json
 from ..sim.uneven_pipeline import compose_uneven
 from .flights import flown
 from .layout import Layout, computes_in, counts_blocks, engine_config, kinds_of, with_positions
@@ -44,6 +44,7 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
+        expandable_segments=layout.expandable_segments,
         since=since,
         step=step,
     )
@@ -51,10 +52,18 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
-def pipeline_timeline(spec: ModelSpec, layout: Layout, machine: Cluster) -> str:
-    """The actions of every pipeline rank as a Perfetto file; where pipelines differ, of the one that ends last."""
-    _, _, step = composed(spec, layout, machine)
-    return to_json(pipeline_spans(step))
+def pipeline_job(spec: ModelSpec, layout: Layout) -> Job:
+    """The layout with the traces of its distinct ranks."""
+    parts = parts_of(spec.layers, schedule_plan(layout))
+    distinct = list(dict.fromkeys(parts))
+    return Job(
+        layout=asdict(layout),
+        precision=computes_in(layout),
+        tokens_per_step=layout.global_batch * layout.seq,
+        message_bytes=message_bytes(spec, layout),
+        traces=tuple(stage_flight(spec, layout, parts.index(own), tuple(parts)) for own in distinct),
+        stages=tuple(distinct.index(own) for own in parts),
+    )
 
 
 def composed(spec: ModelSpec, layout: Layout, machine: Cluster) -> tuple[PipelinePlan, Sequence[Stage], PipelineStep]:
@@ -77,7 +86,9 @@ def stage_pricer(spec: ModelSpec, layout: Layout, plan: PipelinePlan) -> Callabl
     def stage_on(rank: int, machine: Cluster) -> Stage:
         if (parts[rank], machine) not in stages:
             trace = stage_flight(spec, layout, rank, parts)
-            stages[parts[rank], machine] = price_stage(trace, machine, plan, layout.fidelity)
+            stages[parts[rank], machine] = price_stage(
+                trace, machine, plan, layout.fidelity, layout.fusion, overlap=layout.overlap
+            )
         return stages[parts[rank], machine]
 
     return stage_on

@@ -263,11 +263,11 @@ def fused_attention(batch: int) -> Iterator[Primitive]:
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
-    for operator, operands, results, run in (
-        (attention, inputs, (output, sums), forward),
-        (attention_backward, saved, backward(), backward),
+    for operator, operands, rest, results, run in (
+        (attention, inputs, (None, True), (output, sums), forward),
+        (attention_backward, saved, (True,), backward(), backward),
     ):
-        kernel = describe(operator._opoverload, operands, operands, results)
+        kernel = describe(operator._opoverload, operands, (*operands, *rest), results)
         assert kernel is not None
         yield Primitive(kernel, run)
 

@@ -1,24 +1,18 @@
 """Seconds of one kernel on one processor: what was measured where there is a measurement, else a roofline.
 
-The roofline (Williams, Waterman and Patterson 2009) takes the slower of arithmetic and memory traffic. Arithmetic of a
-matrix product is counted in whole tiles and whole waves of tiles, as NVIDIA's Matrix Multiplication Background User's
-Guide describes (tile and wave quantization). The time of a kernel that does nothing comes on top: the pipeline of a
-kernel fills and drains once.
+The roofline (Williams, Waterman and Patterson 2009) takes the slower of arithmetic and memory traffic; matrix products
+(gemm.py) and attention (attention.py) have more to them. The time of a kernel that does nothing comes on top: the
+pipeline of a kernel fills and drains once. All that only moves bytes (softmax, norms, dropout, optimizers, embeddings)
+is priced by its own traffic.
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
 
 from ..collectives.trace import Kernel
+from .attention import attention_seconds
+from .gemm import matmul_seconds
 from .processor import KernelCurve, MatmulPoint, Processor
-
-SMALLER_TILES = ((128, 256), (128, 128), (64, 256), (64, 128), (64, 64))
-"""Output tiles, either way round, that a matrix product may fall back to where the largest leaves processors idle."""
-
-SMALL_TILE_COST = 0.25
-"""What loading operands more often costs: a tile that loads r times the bytes per FLOP of the processor's own tile
-takes 1 + 0.25 (r - 1) times as long. Fitted to the small products of hw_microbench (A100 fp16, H100 fp8)."""
 
 NEIGHBOURS = 4
 """How many measured products the rate of another one is interpolated from."""
@@ -48,31 +42,39 @@ def kernel_seconds(kernel: Kernel, processor: Processor) -> float:
     match kernel.family:
         case "memory":
             seconds = _measured(kernel, processor, default=True)
-            return seconds if seconds is not None else _roofline(0.0, kernel, processor)
+            if seconds is not None:
+                return seconds
+            return processor.kernel_floor_s + traffic_seconds(kernel.read_bytes + kernel.write_bytes, processor)
         case "matmul":
             return _matmul_seconds(kernel, processor)
         case "attention":
             seconds = _measured(kernel, processor)
             if seconds is not None:
                 return seconds
-            rate = _peak(kernel, processor) * processor.attention_efficiency
+            arithmetic_s = attention_seconds(kernel, _peak(kernel, processor), processor)
         case "convolution":
             seconds = _measured(kernel, processor)
             if seconds is not None:
                 return seconds
-            rate = _peak(kernel, processor) * processor.matmul_efficiency
+            arithmetic_s = kernel.flops / (_peak(kernel, processor) * processor.matmul_share(kernel.dtype))
         case _:
             raise ValueError(
                 f"kernel {kernel.name!r} has unknown family {kernel.family!r}; "
                 "known: matmul, attention, convolution, memory"
             )
-    return _roofline(kernel.flops / rate, kernel, processor)
-
-
-def _roofline(arithmetic_s: float, kernel: Kernel, processor: Processor) -> float:
-    traffic_bytes = kernel.read_bytes + kernel.write_bytes
-    traffic_s = traffic_bytes / (processor.memory_bytes_per_s * processor.memory_efficiency)
+    traffic_s = (kernel.read_bytes + kernel.write_bytes) / (processor.memory_bytes_per_s * processor.memory_efficiency)
     return processor.kernel_floor_s + max(arithmetic_s, traffic_s)
+
+
+def traffic_seconds(nbytes: int, processor: Processor) -> float:
+    """Seconds that a kernel streams so many bytes, without the time of a kernel that does nothing.
+
+    That time makes small kernels slow. One whose operands and results fit into the cache together is faster than
+    memory: it finds there what the kernel before it has just written.
+    """
+    if processor.cache_bytes_per_s is not None and nbytes <= processor.cache_bytes:
+        return nbytes / processor.cache_bytes_per_s
+    return nbytes / (processor.memory_bytes_per_s * processor.memory_efficiency)
 
 
 def _peak(kernel: Kernel, processor: Processor) -> float:
@@ -87,42 +89,11 @@ def _peak(kernel: Kernel, processor: Processor) -> float:
 
 def _matmul_seconds(kernel: Kernel, processor: Processor) -> float:
     points = [point for point in processor.matmul_points if point.dtype == kernel.dtype]
-    batch, m, n, k = kernel.shape
     if points:
+        batch, m, n, k = kernel.shape
         rate = _interpolated_flops_per_s((batch, m, n, k), points)
         return max(kernel.flops / rate, processor.kernel_floor_s)
-    rate = _peak(kernel, processor) * processor.matmul_efficiency
-    return _roofline(_tiled_flops(batch, m, n, k, processor) / rate, kernel, processor)
-
-
-def _tiled_flops(batch: int, m: int, n: int, k: int, processor: Processor) -> float:
-    """FLOPs that the product costs at full rate: idle processors of the last wave and overhanging tiles count too.
-
-    The best tile is taken among the processor's own and the standard ones that are smaller.
-    """
-    return min(
-        _waves(batch, m, n, tile, processor.multiprocessors)
-        * (2.0 * tile[0] * tile[1] * k * processor.multiprocessors)
-        * _small_tile_cost(tile, processor.tile)
-        for tile in _tiles(processor.tile)
-    )
-
-
-def _waves(batch: int, m: int, n: int, tile: tuple[int, int], multiprocessors: int) -> int:
-    tiles = batch * math.ceil(m / tile[0]) * math.ceil(n / tile[1])
-    return math.ceil(tiles / multiprocessors)
-
-
-def _tiles(own: tuple[int, int]) -> Iterable[tuple[int, int]]:
-    smaller = [tile for tile in SMALLER_TILES if tile[0] * tile[1] < own[0] * own[1]]
-    return {(a, b) for tile in (own, *smaller) for a, b in (tile, tile[::-1])}
-
-
-def _small_tile_cost(tile: tuple[int, int], own: tuple[int, int]) -> float:
-    """Relative time per FLOP. A tile of a by b loads a + b operands for every a b products."""
-    loads = sum(tile) / math.prod(tile)
-    own_loads = sum(own) / math.prod(own)
-    return max(1.0, 1.0 + SMALL_TILE_COST * (loads / own_loads - 1.0))
+    return matmul_seconds(kernel, _peak(kernel, processor), processor)
 
 
 def _interpolated_flops_per_s(shape: tuple[int, int, int, int], points: list[MatmulPoint]) -> float:

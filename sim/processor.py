@@ -85,9 +85,14 @@ class Processor:
         memory_efficiency: share of that peak which a streaming kernel reaches.
         peak_flops: dense FLOP/s of a matrix product by data type; a type that is missing is not supported.
         matmul_efficiency: largest share of the peak that a big matrix product reaches.
-        attention_efficiency: the same for fused attention.
+        matmul_efficiencies: the same by data type, where one is known to differ.
+        matmul_start_s: time of a matrix product that multiplies nothing, beyond kernel_floor_s.
+        attention_efficiency: largest share of the peak that fused attention reaches on long sequences, forward.
+        attention_backward_efficiency: the same, backward; None: not measured, the forward's share tells.
         multiprocessors: how many tiles are computed at a time.
         tile: rows and columns of the output that one multiprocessor computes at full efficiency.
+        cache_bytes: operands and results up to so many together stay in the last-level cache; 0: not measured.
+        cache_bytes_per_s: at which a streaming kernel works in that cache; None: not measured, as from memory.
         launch_s: host time to issue one op.
         kernel_floor_s: time of a kernel that does nothing.
         framework_bytes: memory of the context and the communication library, in no allocator's count.
@@ -118,15 +123,24 @@ class Processor:
     asynchronous: bool
     compute_rate_under_communication: float
     communication_rate_under_compute: float
+    matmul_efficiencies: dict[str, float] = field(default_factory=dict, hash=False)
+    matmul_start_s: float = 0.0
+    attention_backward_efficiency: float | None = None
+    cache_bytes: int = 0
+    cache_bytes_per_s: float | None = None
     matmul_points: tuple[MatmulPoint, ...] = ()
     kernel_curves: tuple[KernelCurve, ...] = ()
     sources: dict[str, str] = field(hash=False)
 
     def __post_init__(self) -> None:
         require_positive(self, ("memory_bytes", "memory_bytes_per_s", "multiprocessors", "allocation_bytes"))
+        require_positive(self, ("cache_bytes_per_s",))
         for name in _SHARES:
             require(0 < getattr(self, name) <= 1, name, getattr(self, name), "> 0 and <= 1")
-        for name in ("launch_s", "kernel_floor_s", "framework_bytes"):
+        if self.attention_backward_efficiency is not None:
+            share = self.attention_backward_efficiency
+            require(0 < share <= 1, "attention_backward_efficiency", share, "> 0 and <= 1")
+        for name in ("launch_s", "kernel_floor_s", "framework_bytes", "matmul_start_s", "cache_bytes"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), ">= 0 and finite")
         require(min(self.tile) > 0, "tile", self.tile, "two numbers > 0")
         require(bool(self.peak_flops), "peak_flops", self.peak_flops, "at least one data type with its FLOP/s")
@@ -136,7 +150,18 @@ class Processor:
                     f"peak_flops has unknown {dtype!r}; allowed: {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
                 )
             require(0 < flops_per_s < math.inf, f"peak_flops.{dtype}", flops_per_s, "> 0 and finite")
-        check_sources(self.sources, required=[name for name in FIGURES if getattr(self, name) != ()], known=FIGURES)
+        for dtype, share in self.matmul_efficiencies.items():
+            if dtype not in self.peak_flops:
+                raise ValueError(
+                    f"matmul_efficiencies has {dtype!r}; allowed: what peak_flops has, {', '.join(self.peak_flops)}"
+                )
+            require(0 < share <= 1, f"matmul_efficiencies.{dtype}", share, "> 0 and <= 1")
+        given = [name for name in FIGURES if name not in MEASURED or getattr(self, name) != MEASURED[name]]
+        check_sources(self.sources, required=given, known=FIGURES)
+
+    def matmul_share(self, dtype: str) -> float:
+        """Largest share of the peak that a matrix product reaches in a data type."""
+        return self.matmul_efficiencies.get(dtype, self.matmul_efficiency)
 
 
 _SHARES = (
@@ -148,7 +173,18 @@ _SHARES = (
 )
 
 FIGURES = tuple(f.name for f in fields(Processor) if f.name not in ("name", "kind", "asynchronous", "sources"))
-"""The fields of a Processor that need an entry in its sources (the measured tables only where they have rows)."""
+"""The fields of a Processor that need an entry in its sources (those in MEASURED only where they are given)."""
+
+MEASURED: dict[str, object] = {
+    "matmul_efficiencies": {},
+    "matmul_start_s": 0.0,
+    "attention_backward_efficiency": None,
+    "cache_bytes": 0,
+    "cache_bytes_per_s": None,
+    "matmul_points": (),
+    "kernel_curves": (),
+}
+"""What may be left out of a Processor, and the value that stands for "not measured"."""
 
 
 def check_sources(sources: Mapping[str, str], required: Iterable[str], known: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ device as on CUDA; overlap and exposed communication come out of that instead of
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -14,13 +15,17 @@ import simpy
 from simpy.events import Event, ProcessGenerator
 
 from ..collectives.groups import Mesh
-from ..collectives.trace import Call, Collective, Copy, HostWork, Kernel, Phase, Segment, Synchronize, Trace, Wait
+from ..collectives.trace import Call, Collective, Copy, HostWork, Kernel, Op, Phase, Synchronize, Trace, Wait
+from .fusion import fuse
 from .hardware import Cluster
 from .kernel import kernel_seconds
 from .network import collective_seconds, sent_bytes
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
 from .topology import Topology, topology
 from .transfers import Transfers
+
+UPDATE, GRADIENTS = "update", "gradients"
+"""The phase that steps the optimizer, and the label of reductions that it waits for."""
 
 MOST_PLAYED = 3
 """How often a repeated phase is played; further repetitions cost what the last one played did."""
@@ -33,44 +38,66 @@ class Replay:
     Attributes:
         breakdown_s: where the compute stream spent the step; sums to `step_time_s`.
         phases_s: seconds by cause of each phase of the step, once, in order: (name of the phase, seconds).
+        communication_s: by axis, how long its collectives took: `exposed_s`, for which the compute stream waited, and
+            `hidden_s`, while it did something else.
+        phases_communication_s: the same of each phase, once, in order.
         sent_bytes: by axis.
         forward_flops: of matrix products, attention and convolutions in the forward pass.
         executed_flops: of the same in the whole step, attention's backward counted as twice its forward.
         spans: what ran when, if asked for; both steps, repeated phases as often as they were played.
+        phase_spans: when the compute stream was in which phase, likewise; a span for each time that it was played.
         events: how many simpy events it took.
     """
 
     step_time_s: float
     breakdown_s: dict[str, float]
     phases_s: tuple[tuple[str, dict[str, float]], ...]
+    communication_s: dict[str, dict[str, float]]
+    phases_communication_s: tuple[tuple[str, dict[str, dict[str, float]]], ...]
     sent_bytes: dict[str, int]
     forward_flops: float
     executed_flops: float
     spans: tuple[Span, ...]
+    phase_spans: tuple[Span, ...]
     events: int
 
 
-def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", record: bool = False) -> Replay:
+def replay(
+    trace: Trace,
+    cluster: Cluster,
+    *,
+    fidelity: str = "closed_form",
+    fusion: str = "none",
+    overlap: bool = True,
+    record: bool = False,
+) -> Replay:
     """Play two steps and report the second.
 
     Args:
         fidelity: how collectives are priced, see sim/network.py.
+        fusion: how element-wise kernels are, see sim/fusion.py.
+        overlap: False for programs that reduce gradients when backward has ended, and begin the next forward when all
+            parameters have been gathered.
         record: keep the spans.
     """
-    rank = _Rank(trace, cluster, fidelity, record)
+    rank = _Rank(trace, cluster, fidelity, fusion, overlap, record)
     rank.env.run(rank.finished)
-    before, after = rank.marks[1], rank.marks[2]
-    breakdown = _between(before, after)
+    step = _between(rank.marks[1], rank.marks[2])
+    breakdown = _causes(step)
+    phases = [(phase.name, seconds) for phase, seconds in rank.phases_s if phase.step == 2]
     spans = tuple(rank.compute.spans or ()) + tuple(s for stream in rank.streams.values() for s in stream.spans)
     spans += tuple(rank.transfers.spans)
     return Replay(
         step_time_s=sum(breakdown.values()),
         breakdown_s=breakdown,
-        phases_s=tuple((phase.name, seconds) for phase, seconds in rank.phases_s if phase.step == 2),
+        phases_s=tuple((name, _causes(seconds)) for name, seconds in phases),
+        communication_s=_communication(step),
+        phases_communication_s=tuple((name, _communication(seconds)) for name, seconds in phases),
         sent_bytes=sent_bytes_by_axis(trace, rank.network),
         forward_flops=flops(trace, forward_only=True),
         executed_flops=flops(trace, forward_only=False),
         spans=spans,
+        phase_spans=tuple(rank.phase_spans),
         events=rank.env.steps,
     )
 
@@ -78,8 +105,13 @@ def replay(trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", rec
 Started = Collective | Copy | HostWork
 """Ops that run beside the compute stream, and that a Wait may point to."""
 
+CAUSES = ("compute", "exposed_communication", "bubble", "host", "offload")
+
+EXPOSED, BUSY = "exposed ", "busy "
+"""Before the name of an axis: how long its collectives were waited for, and how long they took."""
+
 Mark = dict[str, float]
-"""Seconds by cause since the start."""
+"""Seconds since the start: by cause, and of each axis."""
 
 
 class CountingEnvironment(simpy.Environment):
@@ -95,8 +127,8 @@ class CountingEnvironment(simpy.Environment):
 class _Rank:
     """The host of one rank, and its streams."""
 
-    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, record: bool) -> None:
-        self.trace, self.cluster, self.fidelity = trace, cluster, fidelity
+    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, fusion: str, overlap: bool, record: bool) -> None:
+        self.trace, self.cluster, self.fidelity, self.overlap = trace, cluster, fidelity, overlap
         self.env = CountingEnvironment()
         self.processor = cluster.processor
         self._launch_s = self.processor.launch_s if self.processor.asynchronous else 0.0
@@ -114,18 +146,29 @@ class _Rank:
         self.network = topology(cluster, prod(trace.world.values()))
         self.marks: dict[int, Mark] = {}
         self.phases_s: list[tuple[Phase, Mark]] = []
+        self.record, self.phase_spans = record, list[Span]()
         self._skipped: Mark = defaultdict(float)
+        self._late: dict[Event, tuple[str, Callable[[], object]]] = {}  # what waits for the end of backward
+        self._updating: list[tuple[Event, str]] | None = None  # in an update: what it has started
         self._runs: Counter[tuple[str, int]] = Counter()
-        self._started: dict[tuple[str, int, int, int], tuple[Event, bool]] = {}
+        self._started: dict[tuple[str, int, int, int], tuple[Event, str | None]] = {}
         self._seconds: dict[Collective, float] = {}
-        self._prepared = [self._prepare(segment) for segment in trace.segments]
+        keys: dict[int, set[str]] = defaultdict(set)
+        for phase in trace.phases:
+            for call in phase.calls:
+                keys[call.segment].add(call.key)
+        whole = fusion == "none"
+        self._prepared = [
+            self._prepare(enumerate(segment) if whole else fuse(segment, keys[number]), len(segment))
+            for number, segment in enumerate(trace.segments)
+        ]
         self.finished = self.env.process(self._host())
 
-    def _prepare(self, segment: Segment) -> list[tuple[int, Run | Started | Wait | Synchronize]]:
-        """A segment with its kernels priced and joined into runs: (position of the op, what to do)."""
+    def _prepare(self, ops: Iterable[tuple[int, Op]], end: int) -> list[tuple[int, Run | Started | Wait | Synchronize]]:
+        """The ops of a segment of length `end`, its kernels priced and joined into runs: (position, what to do)."""
         prepared: list[tuple[int, Run | Started | Wait | Synchronize]] = []
         kernels: list[Kernel] = []
-        for position, op in enumerate(segment):
+        for position, op in ops:
             if isinstance(op, Kernel):
                 kernels.append(op)
             elif isinstance(op, Started | Wait | Synchronize):
@@ -134,7 +177,7 @@ class _Rank:
                     kernels = []
                 prepared.append((position, op))
         if kernels:
-            prepared.append((len(segment), self._run(kernels)))
+            prepared.append((end, self._run(kernels)))
         return prepared
 
     def _run(self, kernels: list[Kernel]) -> Run:
@@ -168,15 +211,25 @@ class _Rank:
         ends: list[Mark] = []
         self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
+            if phase.name == UPDATE and not self.overlap:
+                self._begin_update()
             for call in phase.calls:
                 yield from self._host_call(call)
+            self._end_update()
             self.compute.mark(lambda: ends.append(self._clock()))
+            if self.record:
+                self.compute.mark(partial(self._record_phase, phase.name))
         self.compute.mark(lambda: self.phases_s.append((phase, _between(*ends[-2:]))))
         left = phase.repeat - MOST_PLAYED
         if left > 0:
             self.compute.mark(lambda: self._skip(ends, left))
         if phase.every > 1:
             self.compute.mark(lambda: self._skip([ends[0], self._clock()], 1 / phase.every - 1))
+
+    def _record_phase(self, name: str) -> None:
+        """Phases follow each other on the compute stream without gaps."""
+        began_s = self.phase_spans[-1].end_s if self.phase_spans else 0.0
+        self.phase_spans.append(Span("phases", name, began_s, self.env.now))
 
     def _skip(self, ends: list[Mark], times: float) -> None:
         """Charge what came to pass between the last two ends so many times more."""
@@ -193,15 +246,17 @@ class _Rank:
                         yield self.env.timeout(len(op.kernels) * self._launch_s)
                 case Collective() | Copy() | HostWork():
                     place = (call.key, call.block, self._runs[call.key, call.block], position)
-                    self._started[place] = self._start(op), not isinstance(op, Collective)
+                    self._started[place] = self._start(op), op.axis if isinstance(op, Collective) else None
                 case Wait():
                     block = op.ref.block_from(call.block)
                     run = self._runs[op.ref.key, block] - op.ref.age
                     if op.ref.key.startswith("initialize"):
                         continue  # long done: what precedes training takes no time
-                    done, offload = self._started[op.ref.key, block, run, op.ref.op]
+                    done, axis = self._started[op.ref.key, block, run, op.ref.op]
+                    if done in self._late:
+                        continue
                     if op.stream in ("compute", "program"):
-                        self.compute.wait(done, offload=offload)
+                        self.compute.wait(done, axis)
                         if op.stream == "program" and not done.processed:
                             yield done
                     else:
@@ -213,8 +268,30 @@ class _Rank:
         if not isinstance(op, Collective):
             return self.transfers.start(op, self._drained())
         seconds = self._collective_seconds(op)
-        name = f"{op.kind} {op.label}"
-        return self.streams[op.axis].start(name, seconds, after=self._drained())
+        start = partial(self.streams[op.axis].start, f"{op.kind} {op.label}", seconds)
+        if not self.overlap and op.label == GRADIENTS and self._updating is None:
+            done = self.env.event()
+            self._late[done] = op.axis, lambda: start(after=self._drained(), done=done)
+            return done
+        done = start(after=self._drained())
+        if self._updating is not None:
+            self._updating.append((done, op.axis))
+        return done
+
+    def _begin_update(self) -> None:
+        """Perform the reductions that have waited for the end of backward, before anything else."""
+        self._updating = []
+        for _, start in self._late.values():
+            start()
+        for done, (axis, _) in self._late.items():
+            self.compute.wait(done, axis)
+        self._late.clear()
+
+    def _end_update(self) -> None:
+        """What the update has started ends in it."""
+        for done, axis in self._updating or ():
+            self.compute.wait(done, axis)
+        self._updating = None
 
     def _collective_seconds(self, op: Collective) -> float:
         if op not in self._seconds:
@@ -237,11 +314,27 @@ class _Rank:
             "host": busy.host,
             "offload": busy.offload,
         }
+        for axis, stream in self.streams.items():
+            played[EXPOSED + axis] = busy.exposed_s.get(axis, 0.0)
+            played[BUSY + axis] = stream.busy_s
         return {name: seconds + self._skipped[name] for name, seconds in played.items()}
 
 
 def _between(before: Mark, after: Mark) -> Mark:
     return {name: after[name] - before[name] for name in after}
+
+
+def _causes(mark: Mark) -> dict[str, float]:
+    return {cause: mark[cause] for cause in CAUSES}
+
+
+def _communication(mark: Mark) -> dict[str, dict[str, float]]:
+    """By axis. A wait that outlasts its collective (which queued behind another) hides nothing."""
+    named = [name.removeprefix(BUSY) for name in mark if name.startswith(BUSY)]
+    return {
+        axis: {"exposed_s": mark[EXPOSED + axis], "hidden_s": max(0.0, mark[BUSY + axis] - mark[EXPOSED + axis])}
+        for axis in named
+    }
 
 
 def axes(trace: Trace) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import simpy
@@ -26,12 +27,17 @@ class Span:
 
 @dataclass(slots=True)
 class Busy:
-    """What the compute stream has done so far, in seconds; the sum is its clock."""
+    """What the compute stream has done so far, in seconds; the sum is its clock.
+
+    Attributes:
+        exposed_s: what of `exposed_communication` it waited for collectives of each axis.
+    """
 
     compute: float = 0.0
     exposed_communication: float = 0.0
     host: float = 0.0
     offload: float = 0.0
+    exposed_s: dict[str, float] = field(default_factory=dict)
 
 
 class Interference:
@@ -145,9 +151,9 @@ class ComputeStream:
         """Queue kernels that the host begins to issue now."""
         self._queue.put((self._compute, run, self.env.now))
 
-    def wait(self, done: Event, *, offload: bool = False) -> None:
-        """Queue a wait for a collective, or for a copy or work of the host if it is for the sake of offload."""
-        self._queue.put((self._await_offload if offload else self._await, done, self.env.now))
+    def wait(self, done: Event, axis: str | None) -> None:
+        """Queue a wait for a collective of an axis, or for a copy or work of the host (None)."""
+        self._queue.put((self._await_offload if axis is None else partial(self._await, axis), done, self.env.now))
 
     def mark(self, act: Callable[[], object]) -> None:
         """Queue an action that takes no time, such as recording an event."""
@@ -168,21 +174,23 @@ class ComputeStream:
         yield from self.interference.work("compute", run.seconds)
         self.busy.host += idle
         self.busy.compute += self.env.now - began - idle
-        if self.spans is not None and run.seconds > 0:
+        if self.spans is not None:
             self._record(run, began + idle)
 
     def _record(self, run: Run, began: float) -> None:
-        stretch = (self.env.now - began) / run.seconds
+        stretch = (self.env.now - began) / run.seconds if run.seconds > 0 else 1.0
         at = began
         assert self.spans is not None
         for name, seconds in run.kernels:
             self.spans.append(Span("compute", name, at, at := at + seconds * stretch))
 
-    def _await(self, done: Event, _: float) -> ProcessGenerator:
+    def _await(self, axis: str, done: Event, _: float) -> ProcessGenerator:
         began = self.env.now
         if not done.processed:
             yield done
-        self.busy.exposed_communication += self.env.now - began
+        waited = self.env.now - began
+        self.busy.exposed_communication += waited
+        self.busy.exposed_s[axis] = self.busy.exposed_s.get(axis, 0.0) + waited
 
     def _await_offload(self, done: Event, _: float) -> ProcessGenerator:
         began = self.env.now
@@ -197,12 +205,17 @@ class ComputeStream:
 
 @dataclass(slots=True)
 class CommunicationStream:
-    """Performs the collectives of one axis in the order in which they were started."""
+    """Performs the collectives of one axis in the order in which they were started.
+
+    Attributes:
+        busy_s: how long it has communicated; one under way counts from its end.
+    """
 
     env: simpy.Environment
     axis: str
     interference: Interference
     record: bool
+    busy_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
     _queue: Queue = field(init=False)
 
@@ -210,9 +223,9 @@ class CommunicationStream:
         self._queue = Queue(self.env)
         self.env.process(self._serve())
 
-    def start(self, name: str, seconds: float, after: Event) -> Event:
+    def start(self, name: str, seconds: float, after: Event, done: Event | None = None) -> Event:
         """Queue a collective that may begin when `after` has happened; the event is its end."""
-        done = self.env.event()
+        done = done or self.env.event()
         self._queue.put((name, seconds, after, done))
         return done
 
@@ -223,6 +236,7 @@ class CommunicationStream:
                 yield after
             began = self.env.now
             yield from self.interference.work("communication", seconds)
+            self.busy_s += self.env.now - began
             done.succeed()
             if self.record:
                 self.spans.append(Span(f"communication {self.axis}", name, began, self.env.now))

@@ -19,12 +19,20 @@ from windtunnel.sim.topology import topology
 
 def expanded_step_s(trace: Trace, cluster: Cluster, ranks: RankKinds, fidelity: str = "closed_form") -> float:
     """Seconds of the steady step, from the last rank's end of a step to the last rank's end of the next."""
+    first_s, second_s = expanded_ends_s(trace, cluster, ranks, fidelity)
+    return second_s - first_s
+
+
+def expanded_ends_s(
+    trace: Trace, cluster: Cluster, ranks: RankKinds, fidelity: str = "closed_form"
+) -> tuple[float, float]:
+    """When the last rank ends the first step, and the second."""
     mesh = Mesh.of(trace.world)
     computed = np.zeros(mesh.world)
     free: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(mesh.world))
     done: dict[tuple[str, int, int, int], np.ndarray] = {}
     runs: Counter[tuple[str, int]] = Counter()
-    ends: list[float] = [0.0]
+    ends: list[float] = []
     for step in (1, 2):
         for phase in (phase for phase in trace.phases if phase.step == step):
             for call in (call for _ in range(phase.repeat) for call in phase.calls):
@@ -43,7 +51,7 @@ def expanded_step_s(trace: Trace, cluster: Cluster, ranks: RankKinds, fidelity: 
                         run = runs[op.ref.key, block] - op.ref.age
                         computed = np.maximum(computed, done[op.ref.key, block, run, op.ref.op])
         ends.append(float(computed.max()))
-    return ends[2] - ends[1]
+    return ends[0], ends[1]
 
 
 def _own_seconds(op: Kernel, ranks: RankKinds) -> np.ndarray:

@@ -17,8 +17,8 @@ from windtunnel.sim.hardware import cluster_names, fabric_names, load_cluster, p
 
 STEP = {
     "step_time_s", "tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu", "mfu", "breakdown_s",
-    "peak_memory_bytes", "fits", "bytes_sent_per_gpu", "offloaded_bytes_per_node", "wall_s", "events",
-    "layout",
+    "communication_s", "peak_memory_bytes", "fits", "first_to_exceed", "remedies", "bytes_sent_per_gpu",
+    "offloaded_bytes_per_node", "wall_s", "events", "layout",
 }  # fmt: skip
 """Fields of `simulate --json` (docs/contract.md)."""
 
@@ -94,7 +94,7 @@ def test_help_and_catalogues_load_no_torch() -> None:
     usage, hardware, models, simulate, gpu, model = done.stdout.split("\n=== loaded\n")[:6]
     for verb in ("demo", "simulate", "verify", "launch", "calibrate", "models", "hardware"):
         assert verb in usage
-    for option in ("--micro-batch", "--global-batch", "--save-trace", "--perfetto", "--config"):
+    for option in ("--micro-batch", "--global-batch", "--save-trace", "--trace", "--chakra", "--perfetto", "--config"):
         assert option in simulate
     entries = json.loads(hardware)
     assert [entry["name"] for entry in entries["gpus"]] == list(processor_names())
@@ -135,16 +135,20 @@ def test_simulate_keeps_the_contract(command: Command) -> None:
 
 
 def test_what_does_not_fit_is_an_answer_too(command: Command) -> None:
-    answer = command("simulate", "--model", "gpt3-13b", "--cluster", "dgx-a100", "--gpus", "1", "--json")
+    answer = command(
+        "simulate", "--model", "gpt3-13b", "--cluster", "dgx-a100", "--gpus", "1", "--no-remedies", "--json"
+    )
     assert answer.code == 0
-    assert json.loads(answer.out)["fits"] is False
+    step = json.loads(answer.out)
+    assert (step["fits"], step["remedies"]) == (False, [])
+    assert step["first_to_exceed"]["phase"] == "initialize"
 
 
 def test_several_sizes_give_a_table_a_csv_and_a_plot(command: Command, tmp_path: Path) -> None:
     words = (*DEMO, "--gpus", "1,8", "--zero", "1", "--tokens", "1e9", "--out", str(tmp_path / "new"))
     answer = command(*words)
     assert (answer.code, answer.err) == (0, "")
-    for part in ("GPUs", "MFU", "exposed", "days", "scaling.csv", "scaling.png"):
+    for part in ("GPUs", "MFU", "exposed", "days", "scaling.csv", "scaling.png", "breakdown.png", "memory.png"):
         assert part in answer.out
     header, *lines = (tmp_path / "new" / "scaling.csv").read_text().splitlines()
     assert header.startswith("gpus,global_batch,step_time_s")
@@ -203,7 +207,32 @@ def test_timeline_and_trace_files(command: Command, tmp_path: Path) -> None:
     step = json.loads(answer.out)
     assert (step["perfetto"], step["trace"]) == (str(timeline), str(trace))
     assert json.loads(timeline.read_text())["traceEvents"]
-    assert json.loads(trace.read_text())["world"] == {"data": 4}
+    assert json.loads(trace.read_text())["layout"]["gpus"] == 4
+    priced = json.loads(command("simulate", "--trace", str(trace), "--cluster", "dgx-a100", "--json").out)
+    assert priced["step_time_s"] == step["step_time_s"]
+    for words, message in (
+        (("--trace", str(trace), "--tp", "2"), "tp = 2 beside --trace; allowed: "),
+        (("--trace", str(tmp_path / "none.json")), f"trace = {tmp_path / 'none.json'}: "),
+        (("--trace", str(timeline)), "format = None; allowed: 'windtunnel job'"),
+        ((), "Missing option '--model'; allowed: a model, or a saved trace by --trace FILE"),
+    ):
+        refused = command("simulate", "--cluster", "dgx-a100", *words)
+        assert refused.code == 2
+        assert message in refused.err
+
+
+def test_a_folder_of_a_pipelined_step(command: Command, tmp_path: Path) -> None:
+    words = (*DEMO, "--gpus", "4", "--pp", "2", "--global-batch", "8", "--out", str(tmp_path))
+    answer = command(*words, "--chakra", str(tmp_path / "chakra"), "--json")
+    assert answer.code == 0, answer.err
+    files = json.loads(answer.out)
+    for name in ("breakdown", "memory", "pipeline"):
+        assert Path(files[name]) == tmp_path / f"{name}.png"
+        assert Path(files[name]).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "result.json").read_text())["step_time_s"] == files["step_time_s"]
+    assert json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    names = sorted(path.name for path in (tmp_path / "chakra").iterdir())
+    assert names == ["groups.json", *(f"step.{rank}.et" for rank in range(4))]
 
 
 def test_user_files_and_a_deepspeed_file(command: Command, tmp_path: Path) -> None:
@@ -267,6 +296,12 @@ def test_bad_options_are_one_line(command: Command, words: tuple[str, ...], expe
 def test_what_must_be_given_is_named(command: Command, missing: str) -> None:
     words = [word for pair in (("--model", "gpt2"), ("--cluster", "dgx-a100")) if pair[0] != missing for word in pair]
     check_refused(command("simulate", *words), f"Missing option '{missing}'")
+
+
+def test_a_profile_needs_a_file_and_a_base(command: Command, tmp_path: Path) -> None:
+    check_refused(command("calibrate", "--from-profile", "x.json"), "base is missing")
+    words = ("--from-profile", str(tmp_path / "x.json"), "--base", "dgx-a100", "--out", str(tmp_path))
+    check_refused(command("calibrate", *words), "x.json: not a trace of torch.profiler")
 
 
 def test_an_unknown_verb(command: Command) -> None:

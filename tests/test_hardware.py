@@ -20,6 +20,7 @@ from windtunnel.sim.hardware import (
     processor_names,
 )
 from windtunnel.sim.host import Host
+from windtunnel.sim.processor import MEASURED
 
 CPU = """
 kind = "cpu"
@@ -38,6 +39,11 @@ asynchronous = false
 compute_rate_under_communication = 0.5
 communication_rate_under_compute = 0.5
 peak_flops = { fp32 = 1e11 }
+matmul_efficiencies = { fp32 = 0.9 }
+matmul_start_s = 1e-6
+attention_backward_efficiency = 0.5
+cache_bytes = 1_000_000
+cache_bytes_per_s = 1e11
 matmul_points = [{ dtype = "fp32", batch = 1, m = 64, n = 64, k = 64, flops_per_s = 5e10 }]
 kernel_curves = [{ name = "default", dtype = "fp32", points = [[1000, 1e-6], [1e6, 1e-4]] }]
 """
@@ -61,7 +67,8 @@ def test_every_processor_loads_with_a_source_for_each_figure(name: str) -> None:
     processor = load_processor(name)
     assert processor.name == name
     assert processor.asynchronous == (processor.kind == "gpu")
-    assert set(processor.sources) == set(FIGURES) - {"matmul_points", "kernel_curves"}
+    unmeasured = {name for name, nothing in MEASURED.items() if getattr(processor, name) == nothing}
+    assert set(processor.sources) == set(FIGURES) - unmeasured
     assert all(len(source) >= 20 for source in processor.sources.values())
     hash(processor)
 
@@ -295,6 +302,31 @@ def test_a_figure_without_a_source_is_refused(tmp_path: Path, figure: str) -> No
         text = (CPU + SOURCES + "\n").replace(f'\n{figure} = "measured"\n', f"\n{source}")
         with pytest.raises(ValueError, match=f"{figure!r} has no source"):
             load_processor(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("matmul_efficiencies = { bf16 = 0.9 }", r"matmul_efficiencies has 'bf16'; allowed: what peak_flops has, fp32"),
+        ("matmul_efficiencies = { fp32 = 1.1 }", r"matmul_efficiencies\.fp32 must be > 0 and <= 1, got 1\.1"),
+        ("attention_backward_efficiency = 0", r"attention_backward_efficiency must be > 0 and <= 1, got 0"),
+        ("matmul_start_s = -1", r"matmul_start_s must be >= 0 and finite, got -1"),
+        ("cache_bytes_per_s = 0", r"cache_bytes_per_s must be > 0 and finite, got 0"),
+    ],
+)
+def test_measured_figures_are_checked(tmp_path: Path, line: str, message: str) -> None:
+    name = line.partition(" ")[0]
+    text = "\n".join(line if each.startswith(f"{name} =") else each for each in CPU.splitlines())
+    with pytest.raises(ValueError, match=message) as error:
+        load_processor(write(tmp_path, text + "\n" + SOURCES))
+    assert "\n" not in str(error.value)
+
+
+def test_a_processor_may_leave_out_what_was_not_measured(tmp_path: Path) -> None:
+    given_ = [line for line in CPU.splitlines() if line.partition(" ")[0] not in MEASURED]
+    sources = "[sources]\n" + "\n".join(f'{name} = "measured"' for name in FIGURES if name not in MEASURED)
+    processor = load_processor(write(tmp_path, "\n".join(given_) + "\n" + sources))
+    assert {name: getattr(processor, name) for name in MEASURED} == MEASURED
 
 
 def test_a_source_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from windtunnel.collectives.trace_file import loads
+from windtunnel.collectives.job_file import loads
 from windtunnel.collectives.zero import UnitSize, agreement_bytes, padded
 from windtunnel.experiments.layout import Layout
 from windtunnel.experiments.models import load_model
@@ -108,6 +108,6 @@ def test_outer_momentum_and_last_values_are_optimizer_state(tmp_path: Path) -> N
 
 def test_a_saved_trace_remembers_how_rare_an_agreement_is(tmp_path: Path) -> None:
     result = simulated(tmp_path, stage=0, local_updates={"every": 7})
-    trace = loads(saved_trace(DEMO, result))
+    (trace,) = loads(saved_trace(DEMO, result)).traces
     assert {phase.every for phase in trace.phases if phase.name == "agree"} == {7}
     assert trace == flight(DEMO, Layout(**result.layout))

@@ -33,6 +33,7 @@ def result(gpus: int, tokens_per_s: float) -> StepResult:
         hardware_tflops_per_gpu=1.0,
         mfu=0.5,
         breakdown_s={},
+        communication_s={},
         peak_memory_bytes={},
         fits=True,
         bytes_sent_per_gpu={},

@@ -92,6 +92,25 @@ def test_interference_by_hand(compute: float, communication: float, ops: list[Op
     assert times(replay(steps_of(*ops), cluster)) == pytest.approx(expected)
 
 
+WITHOUT_OVERLAP = {
+    # the last update's gather and the reduction take 5 s beside 4 of backward; then a second of update
+    "overlapped": (True, "gradients", (6, 5, 1, 0)),
+    # 4 of backward, 3 of reduction, 1 of update, 2 of gather
+    "one after the other": (False, "gradients", (10, 5, 5, 0)),
+    # what is no reduction of gradients stays beside backward; the update's gather ends in it
+    "other collectives": (False, "activations", (7, 5, 2, 0)),
+}
+
+
+@pytest.mark.parametrize(("overlap", "label", "expected"), WITHOUT_OVERLAP.values(), ids=WITHOUT_OVERLAP)
+def test_without_overlap_the_update_reduces_and_gathers(overlap: bool, label: str, expected: tuple[float, ...]) -> None:
+    backward = (gather(3, label), kernel(4), wait(0, "backward"))
+    update = (kernel(1), gather(2))
+    trace = two_steps([("backward", backward, 1), ("update", update, 1)])
+    named = tuple(replace(phase, name="update") if "1" in phase.name else phase for phase in trace.phases)
+    assert times(replay(replace(trace, phases=named), CLUSTER, overlap=overlap)) == pytest.approx(expected)
+
+
 def test_the_second_step_is_the_one_that_counts() -> None:
     # The second step waits for what the first one started: 10 s less the 1 s of its own kernel before.
     first, second = (kernel(1), gather(10)), (kernel(1), wait(1, age=1), kernel(1), gather(10))
@@ -217,6 +236,23 @@ def test_flops_and_bytes_are_those_of_the_second_step() -> None:
     assert sent_bytes_by_axis(trace, scalars=False) == {"data": 5 * 8}
 
 
+def test_communication_is_exposed_or_hidden_by_axis() -> None:
+    # A kernel of 4 s hides the first 4 of a gather's 6; another of 3 s hides 3 of the next one's 4.
+    ops = (gather(6), kernel(4), wait(0), gather(4), kernel(3), wait(3))
+    result = replay(steps_of(*ops), CLUSTER)
+    assert result.communication_s == {"data": pytest.approx({"exposed_s": 2 + 1, "hidden_s": 4 + 3})}
+    assert result.breakdown_s["exposed_communication"] == pytest.approx(3)
+    [(_, phase)] = result.phases_communication_s
+    assert phase == result.communication_s
+
+
+def test_what_overlaps_slows_the_kernel_down() -> None:
+    # At half speed beside a gather of 4 s, a kernel of 3 s has 2 done when the gather ends, and 1 left.
+    result = replay(steps_of(gather(4), kernel(3)), cluster_with(compute_rate_under_communication=0.5))
+    assert result.breakdown_s["compute"] == pytest.approx(4 + 1)
+    assert result.communication_s["data"] == pytest.approx({"exposed_s": 0, "hidden_s": 4})
+
+
 # A real flight #
 
 
@@ -253,6 +289,8 @@ def faster(cluster: Cluster, gpu: float, network: float) -> Cluster:
         peak_flops=peaks,
         memory_bytes_per_s=gpu * chip.memory_bytes_per_s,
         kernel_floor_s=chip.kernel_floor_s / gpu,
+        matmul_start_s=chip.matmul_start_s / gpu,
+        cache_bytes_per_s=chip.cache_bytes_per_s and chip.cache_bytes_per_s * gpu,
         launch_s=chip.launch_s / gpu,
     )
     return replace(cluster, processor=chip, **links)

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from windtunnel.collectives.job_file import loads
 from windtunnel.collectives.trace import walk
-from windtunnel.collectives.trace_file import loads
 from windtunnel.engine import pilot
 from windtunnel.experiments.layout import Layout, Options, resolve
 from windtunnel.experiments.models import load_model
-from windtunnel.experiments.simulate import flight, saved_trace, scaling, simulate, timeline, to_dict
+from windtunnel.experiments.simulate import (
+    flight,
+    saved_trace,
+    scaling,
+    simulate,
+    simulate_trace,
+    timeline,
+    to_dict,
+)
 from windtunnel.sim.hardware import load_cluster
 from windtunnel.sim.result import StepResult
 
@@ -39,8 +47,10 @@ def test_every_option_is_in_the_layout_as_resolved() -> None:
         "interleave": 1,
         "schedule": "1f1b", "zero": 2, "micro_batch": 2, "global_batch": 64, "accumulation": 2, "seq": DEMO.seq,
         "sequence_parallel": False, "recompute": "full", "recompute_budget": None, "offload": "none",
-        "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "clip": 0.0,
+        "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
+        "attention": "fused", "overlap": True,
+        "counts": "tokens",
     }  # fmt: skip
     assert set(result.layout) == set(Layout.__dataclass_fields__)
     assert result.tokens_per_s * result.step_time_s == pytest.approx(64 * DEMO.seq)
@@ -60,6 +70,9 @@ def test_catalogue_models_fly_under_zero_3(model: str, gpus: int) -> None:
     result = simulate(spec, UNROUNDED, gpus=gpus, zero=3, recompute="full")
     assert 0 < result.mfu < 1
     assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s)
+    [data] = result.communication_s.values()
+    assert data["exposed_s"] == pytest.approx(result.breakdown_s["exposed_communication"])
+    assert data["hidden_s"] >= 0
     # 16 bytes per parameter in bf16 with fp32 masters and moments, a share of each. Padding is below one element per
     # unit and rank; blocks of more than 5e8 parameters are several units, of a matrix at least but for the first.
     units = 6 * (spec.layers + 1)
@@ -110,8 +123,10 @@ def test_weak_scaling_costs_communication_only() -> None:
     # One GPU reduces nothing, and each larger ring has more hops, slower ones between nodes.
     assert steps == sorted(steps)
     compute = [result.breakdown_s["compute"] for result in results]
-    # Units are padded to a multiple of the ranks: some elements more, and a small kernel that clears them.
-    assert compute == pytest.approx([compute[0]] * len(sizes), rel=1e-3)
+    # Units are padded to a multiple of the ranks: some elements more, and a small kernel that clears them. What runs
+    # beside a collective is slower.
+    slower = 1 / load_cluster("dgx-a100").processor.compute_rate_under_communication
+    assert all(compute[0] * (1 - 1e-3) <= seconds <= compute[0] * slower for seconds in compute)
     assert results[0].breakdown_s["exposed_communication"] == 0.0
     assert results[0].bytes_sent_per_gpu["total"] == 0
 
@@ -202,9 +217,13 @@ def test_v100_computes_in_fp16() -> None:
 
 def test_files_of_a_result() -> None:
     result = simulate(DEMO, "dgx-a100", gpus=8, zero=3)
-    trace = loads(saved_trace(DEMO, result))
+    job = loads(saved_trace(DEMO, result))
+    (trace,) = job.traces
     assert trace == flight(DEMO, Layout(**result.layout))
     assert trace.blocks == DEMO.layers
+    again = simulate_trace(job, "dgx-a100")
+    assert same_step(again, result)
+    assert simulate_trace(job, "dgx-h100").step_time_s < result.step_time_s
     spans = [e for e in json.loads(timeline(DEMO, "dgx-a100", result))["traceEvents"] if e["ph"] == "X"]
     assert {span["name"] for span in spans} > {"all_gather parameters", "reduce_scatter gradients", "addmm"}
 

@@ -5,11 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from chrome_trace import check
+from windtunnel.collectives.job_file import loads
 from windtunnel.collectives.pipeline_schedules import SCHEDULES
 from windtunnel.experiments import pipeline
 from windtunnel.experiments.models import ModelSpec, load_model
 from windtunnel.experiments.pipeline import parts_of
-from windtunnel.experiments.simulate import saved_trace, simulate, timeline
+from windtunnel.experiments.simulate import saved_trace, simulate, simulate_trace, timeline
+from windtunnel.sim.hardware import load_cluster
+from windtunnel.sim.job import record_job
 from windtunnel.sim.result import StepResult
 
 DEMO = replace(load_model("gpt-demo"), layers=8, hidden=512, heads=8, kv_heads=8, ffn=2048, tied=False)
@@ -21,6 +25,8 @@ LOCAL_BYTES = DEMO.seq * DEMO.hidden * 2
 def step(spec: ModelSpec = DEMO, **options: Any) -> StepResult:
     result = simulate(spec, CLUSTER, **options)
     assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-12)
+    exposed_s = sum(parts["exposed_s"] for parts in result.communication_s.values())
+    assert exposed_s == pytest.approx(result.breakdown_s["exposed_communication"], rel=1e-9, abs=1e-12)
     peak = dict(result.peak_memory_bytes)
     assert sum(peak.pop(name) for name in list(peak)[:6]) == peak["total"]
     return result
@@ -70,17 +76,33 @@ def test_schedules_differ_as_they_promise() -> None:
     assert activations[0] > 3 * activations[1]  # 16 micro-batches in flight against 4
 
 
-def test_a_timeline_has_a_stream_for_each_stage() -> None:
+@pytest.mark.parametrize("options", [{"gpus": 2}, {"gpus": 4, "pp": 2, "global_batch": 8}])
+@pytest.mark.parametrize("how", [{"slow_ranks": 0.5, "slow_factor": 1.5}, {"fusion": "elementwise"}])
+def test_a_saved_job_remembers_how_it_is_priced(options: dict[str, Any], how: dict[str, Any]) -> None:
+    result = step(**options, **how)
+    again = simulate_trace(loads(saved_trace(DEMO, result)), CLUSTER)
+    assert replace(again, wall_s=0.0) == replace(result, wall_s=0.0)
+    check(json.loads(timeline(DEMO, CLUSTER, result)))
+
+
+def test_a_pipelined_job_as_files() -> None:
     result = step(gpus=4, pp=4, global_batch=8)
-    events = json.loads(timeline(DEMO, CLUSTER, result))["traceEvents"]
-    actions = [event for event in events if event["ph"] == "X"]
-    assert len(actions) == 4 * 8 * 2
-    assert max(event["ts"] + event["dur"] for event in actions) < result.step_time_s * 1e6
-    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
-        f"pipeline rank {rank}" for rank in range(4)
-    }
-    with pytest.raises(ValueError, match="save-trace = FILE; allowed: pp = 1"):
-        saved_trace(DEMO, result)
+    job = loads(saved_trace(DEMO, result))
+    assert (len(job.traces), job.stages) == (3, (0, 1, 1, 2))  # the ends have the embedding and the head
+    again = simulate_trace(job, CLUSTER)
+    assert replace(again, wall_s=0.0) == replace(result, wall_s=0.0)
+    seen = check(json.loads(timeline(DEMO, CLUSTER, result)))
+    for rank in range(4):
+        process = f"pipeline rank {rank}"
+        actions = seen.spans[process, "actions"]
+        assert len(actions) == 8 * 2 + 1
+        assert actions[-1]["ts"] + actions[-1]["dur"] <= result.step_time_s * 1.000001e6
+        assert {"addmm", "attention"} <= {span["name"] for span in seen.spans[process, "compute"]}
+    assert [name for name, *_ in seen.flows].count("receive") == 3 * 8 * 2
+    # Flights are placed where the composition has them; its memory is an upper bound, and tight where chunks are alike.
+    record = record_job(job, load_cluster(CLUSTER))
+    total = result.peak_memory_bytes["total"]
+    assert 0.9 * total <= record.memory.peak_bytes <= total
 
 
 @pytest.mark.parametrize(("layers", "stages", "expected"), [(8, 4, [2, 2, 2, 2]), (70, 12, [5, *[6] * 10, 5])])
