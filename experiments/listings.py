@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..kernels.dispatch import choices
+from ..kernels.dispatch import Choice, choices
 from ..reading import nearest
 from ..sim.failures import Failures, failure_names, load_failures
 from ..sim.hardware import (
@@ -105,7 +105,7 @@ def list_hardware(name: str | None) -> Listing:
         raise ValueError(f"name = {name}; allowed: {', '.join(known)}{nearest(name, known)}")
     entries = {group: [load(each) for each in names if name in (None, each)] for group, (names, load) in groups.items()}
     if name is None:
-        entries["kernels"] = [each._asdict() for each in choices()]
+        entries["kernels"] = [_kernel(each) for each in choices()]
     return Listing(entries, name)
 
 
@@ -155,11 +155,16 @@ def _gpus_table(gpus: list[dict[str, Any]]) -> Any:
     return table("GPUs (dense peaks)", columns, rows)
 
 
-def _kernels_table(kernels: list[dict[str, str]]) -> Any:
+def _kernel(choice: Choice) -> dict[str, Any]:
+    sources = {"implementation": choice.why}
+    return {"name": choice.kernel, "device": choice.device, "implementation": choice.implementation, "sources": sources}
+
+
+def _kernels_table(kernels: list[dict[str, Any]]) -> Any:
     """What runs each kernel of kernels/ on this machine's CPU, and would on CUDA."""
     ways: dict[str, dict[str, str]] = {}
     for each in kernels:
-        ways.setdefault(each["kernel"], {})[each["device"]] = each["implementation"]
+        ways.setdefault(each["name"], {})[each["device"]] = each["implementation"]
     rows = [(name, way["cpu"], way["cuda"]) for name, way in ways.items()]
     return table("fused kernels", ("kernel", "on the CPU", "on CUDA"), rows, note='taken where "kernels.fused" says so')
 
