@@ -54,10 +54,13 @@ class Stage:
 
     def with_update_of(self, other: "Stage") -> "Stage":
         """The same work, and another one's update."""
-        phases = tuple(
-            (name, dict(other.update_s) if name == UPDATE else spent) for name, spent in self.replay.phases_s
+        own, theirs = self.replay, other.replay
+        phases = {**dict(own.phases_s), UPDATE: dict(theirs.phases_s)[UPDATE]}
+        communication = {**dict(own.phases_communication_s), UPDATE: dict(theirs.phases_communication_s)[UPDATE]}
+        return replace(
+            self,
+            replay=replace(own, phases_s=tuple(phases.items()), phases_communication_s=tuple(communication.items())),
         )
-        return replace(self, replay=replace(self.replay, phases_s=phases))
 
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
         """Of an action on any micro-batch of a step."""
@@ -68,6 +71,9 @@ class Stage:
         last = micro_batches - 1
         return ActionPrice(seconds=total(min(1, last)), first_s=total(0), last_s=total(last))
 
+
+_REPLAYS: Remembered[Replay] = Remembered(256)
+"""Steps of other numbers of micro-batches are made of the same flights."""
 
 _MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
 
@@ -81,7 +87,11 @@ def price_stage(
         fidelity, fusion, overlap: as for `replay`.
         trace: its phases have the names that `phase_name` gives, each once in each of two steps, and "update".
     """
-    played = replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap)
+    played = _REPLAYS.of(
+        trace,
+        (cluster, fidelity, fusion, overlap),
+        lambda: replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap),
+    )
     middles = max(1, plan.micro_batches_per_step - 2)
     phases = (replace(phase, repeat=middles if " middle " in phase.name else 1) for phase in trace.phases)
     counted = replace(trace, phases=tuple(phases))
