@@ -103,9 +103,11 @@ world           a persistent world of ranks on this machine
 observer        what the engine tells whoever watches
 sim_device      the `sim` device: registration, fused attention
 sim_autocast    what operators do there under torch.autocast
+sim_recurrent   LSTMs and GRUs there, in the kernels that GPUs have for them
 operators       FLOPs and bytes of an operator
 recorder        writes a Trace of what a flight does
 flight          flies a training step on `sim`: a model and the recorder in a world of any size
+flight_errors   what cannot be flown, said with the operator and the module
 pilot           sends flights to the child process that has the `sim` device; this side has no torch
 """
 

@@ -21,11 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..collectives.groups import Mesh
 from ..collectives.shift import KIND as SHIFT
 from ..collectives.trace import Collective, Trace
+from .batch import call
 from .communicator import DONE, DTYPE_NAMES, Call, Communicator, Handle, SoloCommunicator
 from .config import Config
 from .engine import initialize
+from .flight_errors import naming
+from .loss import flown_loss
 from .partition import repeated_blocks
-from .pilot import Plan
+from .pilot import Plan, Question
 from .pipeline import performer
 from .recorder import Address, Recorder
 from .sim_device import register
@@ -161,8 +164,9 @@ def _train(model: nn.Module, make_batch: Callable[[], tuple], plan: Plan, record
             recorder.enter("input", -1)
             with torch.device("sim"):
                 batch = make_batch()
-            loss = engine(*batch)
-            engine.backward(loss)
+            with naming(model):
+                loss = flown_loss(call(engine, batch))
+                engine.backward(loss)
             del loss, batch
             if micro_step == flown - 1:
                 recorder.phase("update", step)
@@ -189,18 +193,23 @@ def _find(path: str) -> Callable[..., Any]:
     return function
 
 
+def _answer(question: Question) -> Any:
+    return _find(question.function)(**question.arguments)
+
+
 def serve(requests_fd: int, answers_fd: int) -> None:
-    """The child's loop: plans in, traces or errors out, until the parent hangs up."""
+    """The child's loop: plans and questions in, answers or errors out, until the parent hangs up."""
     torch.set_num_threads(1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a user's module prints is no part of the parent's answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle: when it ends, so does this
     requests, answers = Connection(requests_fd, writable=False), Connection(answers_fd, readable=False)
     while True:
         try:
-            plan = requests.recv()
+            request = requests.recv()
         except EOFError:
             return
         try:
-            answer: tuple[bool, Any] = (True, fly(plan))
+            answer: tuple[bool, Any] = (True, fly(request) if isinstance(request, Plan) else _answer(request))
         except Exception as error:
             answer = (False, (type(error).__name__, str(error).strip() or repr(error)))
         try:

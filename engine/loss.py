@@ -26,3 +26,15 @@ def loss_of(output: Any) -> Tensor:
         f"the loss in a {type(output).__name__} {found}; allowed: a tensor, a mapping or an object with a tensor"
         " 'loss', or a tuple that begins with one"
     )
+
+
+def flown_loss(output: Any) -> Tensor:
+    """`loss_of`, or where a model makes no loss the mean of the first thing that it returns: all of it has a gradient.
+
+    Raises:
+        ValueError: as `loss_of`; also where there is a place for a loss and none in it.
+    """
+    if isinstance(output, Mapping) and "loss" not in output and not hasattr(output, "loss"):
+        output = next(iter(output.values()), None)
+    loss = loss_of(output)
+    return loss if loss.dim() == 0 else loss.mean()

@@ -33,6 +33,10 @@ OURS = {"attention": 4, "attention_backward": 6}
 GATHERS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss_backward"})
 
 
+OVERWRITES = frozenset({"copy_", "zero_", "fill_", "recurrent_cell", "recurrent_cell_backward"})
+"""Operators that write to operands without reading them."""
+
+
 def describe(
     function: Any, operands: Sequence[Tensor], arguments: Sequence[Any], results: Sequence[Tensor]
 ) -> Kernel | None:
@@ -113,7 +117,7 @@ def _argument(function: Any, arguments: Sequence[Any], name: str) -> Any:
 
 def _only_written(function: Any, tensor: Tensor, mutated: Sequence[Tensor]) -> bool:
     """Whether an operand is where the result goes: `out=`, or the target of a copy or a fill."""
-    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in ("copy_", "zero_", "fill_")
+    overwrites = function._overloadname == "out" or function.overloadpacket.__name__ in OVERWRITES
     return overwrites and any(tensor is target for target in mutated)
 
 

@@ -68,6 +68,19 @@ class Plan:
             raise ValueError(f"micro_steps = {self.micro_steps}; allowed: at least 1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Something to find out in the child, which has torch.
+
+    Attributes:
+        function: "module:function", called in the child; what it returns is pickled.
+        arguments: what it is called with.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Pilot:
     """The child process. One serves a whole session; see `fly`."""
 
@@ -86,14 +99,19 @@ class Pilot:
         self._answers = Connection(answer_read, writable=False)
 
     def fly(self, plan: Plan, limit_s: float = LIMIT_S) -> Trace:
-        """The trace of `plan`.
+        """The trace of `plan`; raises as `ask` does."""
+        trace: Trace = self.ask(plan, limit_s)
+        return trace
+
+    def ask(self, request: Plan | Question, limit_s: float = LIMIT_S) -> Any:
+        """The child's answer: a Trace to a Plan, what its function returns to a Question.
 
         Raises:
             ValueError: the plan's model or config is wrong; the child's message.
             FlightError: the child died or did not answer in time.
         """
         try:
-            self._requests.send(plan)
+            self._requests.send(request)
             if not self._answers.poll(limit_s):
                 self.close()
                 raise FlightError(f"the flight did not end within {limit_s:.0f} s")
@@ -103,8 +121,7 @@ class Pilot:
         if not good:
             kind, message = answer
             raise ValueError(message) if kind == "ValueError" else FlightError(f"{kind}: {message}")
-        trace: Trace = answer
-        return trace
+        return answer
 
     @property
     def alive(self) -> bool:
@@ -124,9 +141,18 @@ _pilots: list[Pilot] = []
 
 def fly(plan: Plan) -> Trace:
     """The trace of `plan`, flown by this process's one pilot, who is hired at the first call."""
+    return _pilot().fly(plan)
+
+
+def ask(question: Question) -> Any:
+    """The answer of the same pilot."""
+    return _pilot().ask(question)
+
+
+def _pilot() -> Pilot:
     while _pilots and not _pilots[-1].alive:
         _pilots.pop()
     if not _pilots:
         _pilots.append(Pilot())
         atexit.register(_pilots[-1].close)
-    return _pilots[-1].fly(plan)
+    return _pilots[-1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from . import sim_autocast
+from . import sim_autocast, sim_recurrent
 
 NAME = "sim"
 
@@ -57,6 +57,7 @@ def register() -> None:
     # Above autograd, so that it holds in recomputation too, where modes of the forward are not active.
     _library.impl("scaled_dot_product_attention", _fused_attention, "AutogradPrivateUse1")
     sim_autocast.register(NAME)
+    sim_recurrent.register(_library)
     for name in ("silu_backward", "mish_backward"):  # one kernel on CPU and CUDA; taken apart where there is none
         _library.impl(name, _one_operator, "PrivateUse1")
     _library.impl("_fused_sgd_", _in_place, "Meta")  # torch has shapes for the fused Adams, not for SGD
@@ -113,14 +114,28 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+@torch.library.custom_op("windtunnel::attention_bias_backward", mutates_args=())
+def attention_bias_backward(query: Tensor, key: Tensor) -> Tensor:
+    """What backward writes besides where the mask is a learned bias: a gradient for each score [B, H, S, T]."""
+    raise NotImplementedError("windtunnel::attention_bias_backward exists on the sim device only")
+
+
+@attention_bias_backward.register_fake
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:-1], key.shape[-2]))
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, _, ctx.causal = inputs
+    query, key, value, mask, ctx.causal = inputs
     ctx.save_for_backward(query, key, value, *output)
+    ctx.mask_shape = None if mask is None else mask.shape
     ctx.set_materialize_grads(False)  # else the unused gradient of the log-sum-exp is made of zeros
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors, ctx.causal), None, None
+    saved = ctx.saved_tensors  # once: reading them again would compute them again, where they are recomputed
+    bias = attention_bias_backward(*saved[:2]).sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
+    return *attention_backward(gradient, *saved, ctx.causal), bias, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

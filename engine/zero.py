@@ -259,6 +259,8 @@ class ZeroRuntime:
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         self._begin_backward()
+        if parameter.grad is None:  # a function in its way returned None: it counts as unused
+            return
         unit = self._unit_of[parameter]
         if unit in self._reduced:
             raise RuntimeError(

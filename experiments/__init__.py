@@ -7,6 +7,8 @@ flights      traces of flights, each flown once: in memory, and on disk for all 
 prices       what a job costs on rented nodes, shapes of cluster compared by the price of a token
 failures     what interruptions leave of a job's speed
 layout       how a job is laid out: options, their defaults and checks
+own_models   MODULE:FUNCTION in simulate: a user's own module as numbers, and its flight
+own_flight   the same in the flight's process: built without weights, described, flown
 launch       starts a script on several ranks of this machine
 verify       ZeRO on Gloo ranks against a plain loop in one process
 judgement    one ZeRO stage judged: distances, the witnesses of bytes and memory, the first place that is off
@@ -32,10 +34,16 @@ published_rows  a row of such a table as a job: model, cluster, layout, and what
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
 fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
+remedies     what makes a job fit that does not: options changed, each simulated, the fastest first
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture
 reproduce    published tables and figures made again
+papers       published jobs beside simulated ones: rows of a CSV as models and layouts
+zero_memory  model state by ZeRO stage and ranks: the table of SC '20
+weak_scaling GPTs of 1.7 B to 1 T parameters, weak scaling: table 1 of SC '21
+selective_recompute  what selective recomputation saves and costs: Korthikanti et al. 2022
+zero3_against_3d  ZeRO 3 and 3D parallelism at a fixed batch: table 2 of SC '21
 redundancy   ranks that agree always, now and then, never: how far they drift, and what it costs
 pipelines    pipeline schedules beside their closed forms: bubble and activations against micro-batches
 three_dimensions  data, tensor and pipeline ranks together beside one process: every schedule

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -51,7 +52,10 @@ def demo(as_json: AsJson = False, out: Out = None) -> None:
 @app.command()
 def simulate(
     cluster: Annotated[str, typer.Option(help="Catalogue name or TOML file; several, with commas, by price.")],
-    model: Annotated[str | None, typer.Option(help="Catalogue name or TOML file.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Catalogue name, TOML file, or MODULE:FUNCTION: (model, batch).", show_default=False),
+    ] = None,
     gpus: Annotated[str | None, typer.Option(help="N, or N,N,... for a table and a plot.", show_default=False)] = None,
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks; gpus / (tp * pp * cp).", show_default=False)
@@ -87,6 +91,12 @@ def simulate(
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="The CUDA allocator grows its segments in place.")
+    ] = False,
+    no_remedies: Annotated[
+        bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
+    ] = False,
     fusion: Annotated[str, typer.Option(help="none, or elementwise: chains of such kernels as one.")] = "none",
     slow_ranks: Annotated[
         float, typer.Option(help="Slow ranks, drawn at random: below 1 a share of all, else how many.")
@@ -125,18 +135,18 @@ def simulate(
     from . import prices
     from . import simulate as simulation
     from .files import write_csv, write_whole
-    from .models import load_model
 
     chosen: dict[str, Any] = {
         "dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "interleave": interleave, "schedule": schedule, "zero": zero,
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
         "precision": precision, "fidelity": fidelity, "fusion": fusion, "slow_ranks": slow_ranks,
-        "slow_factor": slow_factor, "slow_seed": slow_seed,
+        "slow_factor": slow_factor, "slow_seed": slow_seed, "expandable_segments": expandable_segments,
         "attention": attention, "overlap": overlap,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
         raise ValueError(f"tokens = {tokens:g}; allowed: a number > 0")
+    found = None if model is None else simulation.find_model(model)
     machines = [load_cluster(name) for name in cluster.split(",")]
     asked = goodput or any(value is not None for value in (failures, mtbf_hours, restart_s, checkpoint_s))
     job: Callable[[], Any]
@@ -145,13 +155,14 @@ def simulate(
         job = cache(partial(simulation.load_job, trace))
         jobs: list[tuple[Any, int | None]] = [(machine, None) for machine in machines]
         results = [simulation.simulate_trace(job(), machine, fidelity=fidelity) for machine in machines]
-    elif model is None:
+    elif found is None:
         raise ValueError("Missing option '--model'; allowed: a model, or a saved trace by --trace FILE")
     else:
         jobs = [(machine, count) for machine in machines for count in _counts(gpus)]
-        results = [simulation.simulate(model, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
-        job = cache(partial(simulation.job, model, results[-1]))
+        results = [simulation.simulate(found, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
+        job = cache(partial(simulation.job, found, results[-1]))
     answers = [simulation.to_dict(result) for result in results]
+    remedies = () if no_remedies or found is None or len(results) > 1 else _remedies(found, machines[0], results[0])
     faults = (
         faulty.Faults(
             failures=failures or faulty.DEFAULT, mtbf_hours=mtbf_hours, restart_s=restart_s, checkpoint_s=checkpoint_s
@@ -160,17 +171,18 @@ def simulate(
         else None
     )
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
+        answer["remedies"] = [asdict(remedy) for remedy in remedies]
         answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
-        if faults is not None and model is not None:
-            answer["goodput"] = faulty.goodput(result, load_model(model).parameters, machine, faults, tokens=tokens)
+        if faults is not None and found is not None:
+            answer["goodput"] = faulty.goodput(result, found.parameters, machine, faults, tokens=tokens)
     shapes = prices.shape_rows(answers, [machine for machine, _ in jobs]) if len(machines) > 1 else []
     files: dict[str, str] = {}
     if shapes:
         files["csv"] = str(write_csv((out or Path("out/simulate")) / "shapes.csv", shapes))
     elif len(results) > 1 or out is not None:
         files = _scaling_files(results, out)
-    if faults is not None and model is not None and out is not None:
-        savings = faulty.savings_by_size(results[-1], load_model(model).parameters, machines[-1], faults)
+    if faults is not None and found is not None and out is not None:
+        savings = faulty.savings_by_size(results[-1], found.parameters, machines[-1], faults)
         files["goodput_plot"] = str(_goodput_plot(savings, results[-1], out))
     if out is not None:
         from .step_files import write_step
@@ -186,10 +198,14 @@ def simulate(
         from .step_files import write_chakra
 
         files["chakra"] = str(write_chakra(job(), machines[-1], chakra, fidelity))
+    if found is not None:
+        _notes(simulation.notes(found))
     if as_json:
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
     _show_steps(results, answers, shapes)
+    if len(results) == 1 and not results[0].fits:
+        _show_overflow(results[0], remedies, searched=not no_remedies)
     for name, path in files.items():
         print(f"{name}: {path}")
 
@@ -210,6 +226,20 @@ def _counts(gpus: str | None) -> list[int | None]:
     return [None] if gpus is None else [*_integers("gpus", gpus)]
 
 
+def _remedies(model: Any, machine: Any, result: Any) -> tuple[Any, ...]:
+    """Options under which a job fits that does not."""
+    from .remedies import remedies
+
+    return remedies(model, machine, result, say=_say)
+
+
+def _show_overflow(result: Any, found: tuple[Any, ...], searched: bool) -> None:
+    from .tables import overflow
+
+    for line in overflow(result, found, searched=searched):
+        print(line)
+
+
 def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[dict[str, Any]]) -> None:
     from .failures import lines
     from .prices import shape_table, usd
@@ -222,7 +252,7 @@ def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[
         if "training" in answer and not shapes:
             training = answer["training"]
             print(
-                f"{training['tokens']:.3g} tokens on {answer['layout']['gpus']:,} GPUs:"
+                f"{training['tokens']:.3g} {answer['layout']['counts']} on {answer['layout']['gpus']:,} GPUs:"
                 f" {training['days']:.1f} days, {training['gpu_hours']:,.0f} GPU hours, {usd(training['price_usd'])}"
             )
         if "goodput" in answer:

@@ -20,6 +20,7 @@ from .models import ModelSpec
 
 if TYPE_CHECKING:
     from ..engine.placement import Placement
+    from .own_models import OwnModel
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
@@ -65,6 +66,7 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    expandable_segments: bool = False
     fusion: str = "none"
     clip: float = 0.0
     attention: str | None = None
@@ -107,6 +109,7 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    expandable_segments: bool
     fusion: str
     clip: float
     attention: str
@@ -115,9 +118,11 @@ class Layout:
     slow_factor: float
     slow_seed: int
     engine: str
+    counts: str = "tokens"
+    """What `tokens_per_s` counts; "samples" of a model whose inputs are no tokens, with seq = 1."""
 
 
-def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
+def resolve(options: Options, model: "ModelSpec | OwnModel", cluster: Cluster) -> Layout:
     """Fill in the defaults and check that the job is possible.
 
     Raises:
@@ -156,6 +161,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        expandable_segments=options.expandable_segments,
         fusion=options.fusion,
         clip=options.clip,
         attention=options.attention or model.attention_kernel,
@@ -164,6 +170,7 @@ def resolve(options: Options, model: ModelSpec, cluster: Cluster) -> Layout:
         slow_factor=options.slow_factor,
         slow_seed=options.slow_seed,
         engine=options.engine,
+        counts=model.counts,
     )
     if layout.cp > 1 and layout.attention == "plain":
         refuse("attention", "plain", "fused where ranks share sequences (cp > 1)")
@@ -247,11 +254,11 @@ def _batches(options: Options, dp: int) -> tuple[int, int, int]:
     return micro_batch, global_batch, global_batch // per_step
 
 
-def _schedule(options: Options, model: ModelSpec, micro_batches: int) -> str:
+def _schedule(options: Options, model: "ModelSpec | OwnModel", micro_batches: int) -> str:
     """The schedule's name; with several chunks per rank 1F1B is the interleaved one."""
     if options.pp == 1 and options.interleave > 1:
         refuse("interleave", options.interleave, "1 without pipeline stages (pp = 1)")
-    if options.pp * options.interleave > model.layers:
+    if options.pp > 1 and options.pp * options.interleave > model.layers:
         product = f"pp * interleave = {options.pp} * {options.interleave}"
         refuse("pp", options.pp, f"{product} at most the {model.layers} layers of {model.name}")
     if options.pp > 1 and (options.zero or 0) == 3:

@@ -137,6 +137,11 @@ class ModelSpec:
             raise ValueError(f"{self._naming('top_k')} must be <= experts = {self.experts}")
 
     @property
+    def counts(self) -> str:
+        """What a step's tokens are: tokens."""
+        return "tokens"
+
+    @property
     def head_size(self) -> int:
         """Width of one head."""
         return self.hidden // self.heads
@@ -212,8 +217,8 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     if path.suffix == ".toml" or path.is_file():
         return _spec_of(path.stem, read_toml(path), f"model file {path}")
     raise ValueError(
-        f"model = {text!r} is neither a catalogue name (`windtunnel models` lists them) nor the path of a .toml file"
-        f"{nearest(text, _catalogue())}"
+        f"model = {text!r} is neither a catalogue name (`windtunnel models` lists them) nor the path of a .toml file,"
+        f" nor MODULE:FUNCTION{nearest(text, _catalogue())}"
     )
 
 

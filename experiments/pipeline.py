@@ -44,6 +44,7 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
+        expandable_segments=layout.expandable_segments,
         since=since,
         step=step,
     )

@@ -56,6 +56,18 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "pipeline_schedules": Reproduction(
         "idle share of a step and activations kept, by pipeline schedule and number of micro-batches", "pipelines"
     ),
+    "zero_memory": Reproduction(
+        "ZeRO's table of model state: 7.5 B, 128 B and 1 T parameters by stage and number of GPUs", "zero_memory"
+    ),
+    "megatron_weak_scaling": Reproduction(
+        "GPTs of 1.7 B to 1 T parameters on 32 to 3,072 A100s: speed and time of a step", "weak_scaling"
+    ),
+    "selective_recompute": Reproduction(
+        "selective recomputation and sequence parallelism: time of a step and activations kept", "selective_recompute"
+    ),
+    "zero3_against_3d": Reproduction(
+        "ZeRO 3 against tensor, pipeline and data parallelism at 175 B and 530 B, as GPUs grow", "zero3_against_3d"
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..engine.batch import call, map_tensors
 from ..engine.loss import loss_of
@@ -150,36 +151,32 @@ def as_dtype(batch: Any, dtype: torch.dtype) -> Any:
     return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def to_sim(model: nn.Module, batch: Any) -> tuple[nn.Module, Callable[[], tuple]]:
-    """A model and a batch made for real, as shapes on the simulated device (inside a flight).
+def to_sim(model: nn.Module, batch: Any) -> tuple[nn.Module, Callable[[], Any]]:
+    """A model and a batch, made for real or on `meta`, as shapes on the simulated device (inside a flight).
 
     Parameters and buffers are replaced in their modules, ties kept; values are forgotten.
+
+    Raises:
+        ValueError: a parameter without a shape, of a lazy module.
     """
     twins: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+    for name, module in model.named_modules():
+        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"{name or type(module).__name__}.{own} has no shape yet; run a batch through it first"
+                )
             if parameter not in twins:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="sim")
                 twins[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, twins[parameter])
-        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, own, twins[parameter])
+        for own, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             if buffer not in twins:
                 twins[buffer] = torch.empty(buffer.shape, dtype=buffer.dtype, device="sim")
-            setattr(module, name, twins[buffer])
+            setattr(module, own, twins[buffer])
     shapes = map_tensors(batch, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
-    def make_batch() -> tuple:
-        return (map_tensors(shapes, lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device="sim")),)
+    def make_batch() -> Any:
+        return map_tensors(shapes, lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device="sim"))
 
-    return _LossOnly(model), make_batch
-
-
-class _LossOnly(nn.Module):
-    """A model that takes one batch and returns its loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Any) -> Tensor:
-        return run_model(self.model, batch)
+    return model, make_batch

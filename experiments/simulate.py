@@ -29,13 +29,25 @@ from .layout import (
     with_positions,
 )
 from .models import ModelSpec, load_model
+from .own_models import OwnModel, is_own, look_at, own_flight, with_sample
 from .pipeline import pipeline_job, simulate_pipeline
 
 SECONDS_PER_DAY = 86_400
 
 
+def find_model(model: str | ModelSpec | OwnModel) -> ModelSpec | OwnModel:
+    """The model of a catalogue name, a TOML file or MODULE:FUNCTION.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(model, ModelSpec | OwnModel):
+        return model
+    return look_at(model) if is_own(model) else load_model(model)
+
+
 def simulate(
-    model: str | ModelSpec,
+    model: str | ModelSpec | OwnModel,
     cluster: str | Cluster,
     *,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -44,7 +56,8 @@ def simulate(
     """Simulate one steady training step.
 
     Args:
-        model: a catalogue name, a TOML file or a ModelSpec.
+        model: a catalogue name, a TOML file, MODULE:FUNCTION (which returns a module and a sample micro-batch), or
+            what `find_model` made of one.
         cluster: a catalogue name, a TOML file or a Cluster.
         config: a DeepSpeed JSON file, or its dict, for what `options` leave open; the engine that is flown honours it.
         options: fields of experiments.layout.Options: gpus, dp, zero, micro_batch, global_batch, seq, recompute, ...
@@ -53,11 +66,13 @@ def simulate(
         ValueError: an option, a file or a combination that cannot be; one line.
     """
     began = perf_counter()
-    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    spec = find_model(model)
     machine = cluster if isinstance(cluster, Cluster) else load_cluster(cluster)
     chosen = Options(**options)
+    if isinstance(spec, OwnModel):
+        chosen, config = with_sample(spec, chosen, config)
     layout = resolve(from_deepspeed(config, chosen) if config is not None else chosen, spec, machine)
-    if layout.pp > 1:
+    if layout.pp > 1 and isinstance(spec, ModelSpec):
         return simulate_pipeline(spec, layout, machine, began)
     trace, ranks = flight(spec, layout), kinds_of(layout, machine)
     result = price(
@@ -67,6 +82,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        expandable_segments=layout.expandable_segments,
         fusion=layout.fusion,
         overlap=layout.overlap,
         since=began,
@@ -74,15 +90,22 @@ def simulate(
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))
 
 
+def notes(model: ModelSpec | OwnModel) -> tuple[str, ...]:
+    """What a reader should know of a model that is in no catalogue."""
+    return (model.described,) if isinstance(model, OwnModel) else ()
+
+
 def scaling(
-    model: str | ModelSpec, cluster: str | Cluster, gpus: Sequence[int], **options: Any
+    model: str | ModelSpec | OwnModel, cluster: str | Cluster, gpus: Sequence[int], **options: Any
 ) -> tuple[StepResult, ...]:
     """`simulate` at several sizes. A global batch that is given stays (strong scaling), else it grows with them."""
     return tuple(simulate(model, cluster, gpus=count, **options) for count in gpus)
 
 
-def flight(spec: ModelSpec, layout: Layout) -> Trace:
-    """The trace of a layout; a deep model is flown shallow and stretched."""
+def flight(spec: ModelSpec | OwnModel, layout: Layout) -> Trace:
+    """The trace of a layout; a deep model of the catalogue is flown shallow and stretched."""
+    if isinstance(spec, OwnModel):
+        return own_flight(spec, layout)
     spec, config, accumulation = with_positions(spec, layout), engine_config(layout), layout.accumulation
     deeper = DEEPER if any(key in config["zero_optimization"] for key in OFFLOAD_KEYS) else 0
     shallow = spec if counts_blocks(config) else replace(spec, layers=min(spec.layers, SHALLOWEST + deeper))
@@ -101,11 +124,11 @@ def flight(spec: ModelSpec, layout: Layout) -> Trace:
     return repeat_phase(trace, "micro-step middle", max(0, accumulation - 2))
 
 
-def job(model: str | ModelSpec, result: StepResult) -> Job:
+def job(model: str | ModelSpec | OwnModel, result: StepResult) -> Job:
     """The job of `result`: its layout and its traces, all that is needed to price it on another cluster."""
-    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    spec = find_model(model)
     layout = Layout(**result.layout)
-    if layout.pp > 1:
+    if layout.pp > 1 and isinstance(spec, ModelSpec):
         return pipeline_job(spec, layout)
     return Job(
         layout=asdict(layout),
@@ -139,7 +162,7 @@ def simulate_trace(saved: str | Path | Job, cluster: str | Cluster, *, fidelity:
     return price_job(saved if isinstance(saved, Job) else load_job(saved), machine, fidelity=fidelity)
 
 
-def timeline(model: str | ModelSpec, cluster: str | Cluster, result: StepResult) -> str:
+def timeline(model: str | ModelSpec | OwnModel, cluster: str | Cluster, result: StepResult) -> str:
     """The job of `result` as a Perfetto file."""
     return timeline_of(job(model, result), cluster, result.layout["fidelity"])
 
@@ -151,7 +174,7 @@ def timeline_of(what: Job, cluster: str | Cluster, fidelity: str) -> str:
     return to_json(record_job(what, machine, fidelity=fidelity).timeline)
 
 
-def saved_trace(model: str | ModelSpec, result: StepResult) -> str:
+def saved_trace(model: str | ModelSpec | OwnModel, result: StepResult) -> str:
     """The job of `result` as a JSON file: its layout, and the traces of all ranks that differ."""
     return dumps(job(model, result))
 
