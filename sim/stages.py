@@ -53,10 +53,13 @@ class Stage:
 
     def with_update_of(self, other: "Stage") -> "Stage":
         """The same work, and another one's update."""
-        phases = tuple(
-            (name, dict(other.update_s) if name == UPDATE else spent) for name, spent in self.replay.phases_s
+        own, theirs = self.replay, other.replay
+        phases = {**dict(own.phases_s), UPDATE: dict(theirs.phases_s)[UPDATE]}
+        communication = {**dict(own.phases_communication_s), UPDATE: dict(theirs.phases_communication_s)[UPDATE]}
+        return replace(
+            self,
+            replay=replace(own, phases_s=tuple(phases.items()), phases_communication_s=tuple(communication.items())),
         )
-        return replace(self, replay=replace(self.replay, phases_s=phases))
 
     def price(self, kind: str, chunk: int, micro_batches: int) -> ActionPrice:
         """Of an action on any micro-batch of a step."""
