@@ -20,14 +20,18 @@ DIRECT_RANKS = 8
 """Up to how many ranks all messages at once are tried: what a rank pays for posting each is not in the model."""
 
 NATIVE = {
-    "all_reduce": ("ring", "double_binary_tree"),
+    "all_reduce": ("ring", "double_binary_tree", "hierarchical"),
     "reduce_scatter": ("ring",),
     "all_gather": ("ring",),
     "broadcast": ("chain",),
     "reduce": ("chain",),
     "all_to_all": ("direct",),
 }
-"""The families that NCCL has (up to 2.22, without reduction in switches), by collective: what "native" can mean."""
+"""The families that NCCL has (up to 2.22, without reduction in switches), by collective: what "native" can mean.
+
+Its tree is one of nodes: GPUs of a node are a chain below it, so a node sends 2 (N - 1) / N of the buffer among N nodes
+in the mean, as a hierarchical all-reduce does; a flat ring of n GPUs has each node send 2 (n - 1) / n of it (NCCL,
+src/graph/trees.cc)."""
 
 SAME_SHARE = 1e-9
 """Prices that differ by less are equal: their formulas add up in different orders."""

@@ -12,7 +12,8 @@ class ActivationSection:
 
     Attributes:
         policy: what backward computes again: "none", "full" (a block from its inputs), "selective" (all but matrix
-            products, convolutions and attention) or "budget" (as little as fits in `budget_bytes`).
+            products, convolutions and attention), "attention" (the modules in blocks that are called core_attention,
+            from their inputs) or "budget" (as little as fits in `budget_bytes`).
         every: blocks in a segment that is computed again as a whole ("full" only); "auto" is the square root of how
             many there are.
         budget_bytes: what all blocks together may keep on this rank between forward and backward.
@@ -23,7 +24,7 @@ class ActivationSection:
     """
 
     __pydantic_config__ = STRICT
-    policy: Literal["none", "full", "selective", "budget"] = "none"
+    policy: Literal["none", "full", "selective", "attention", "budget"] = "none"
     every: int | Literal["auto"] = 1
     budget_bytes: int | None = None
     partition_activations: bool = False
@@ -38,7 +39,7 @@ class ActivationSection:
                 if getattr(self, name):
                     raise ValueError(
                         f"{name} = true with policy = 'none', which saves no inputs; allowed: policy 'full',"
-                        " 'selective' or 'budget' beside it"
+                        " 'selective', 'attention' or 'budget' beside it"
                     )
         if self.number_checkpoints is not None:
             if not self.contiguous_memory_optimization:

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from ..collectives.recompute import BlockActivations, Choice, Key, Operation
 from .operators import describe, mutated_operands
 
-COSTLY = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_scaled_mm", "_grouped_mm"})
+COSTLY = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_scaled_mm", "_grouped_mm", "head_products"}
+)
 """Operators whose results "selective" keeps, besides fused attention, which has a name of its own on each backend."""
 
 

@@ -130,6 +130,9 @@ def _arithmetic(name: str, arguments: Sequence[Any], results: Sequence[Tensor]) 
         case "bmm" | "baddbmm":
             left, right = arguments[-2:]
             shape = (left.shape[0], left.shape[1], right.shape[2], left.shape[2])
+        case "head_products":
+            left, right = arguments
+            shape = (left.shape[0] * left.shape[1], left.shape[2], right.shape[3], left.shape[3])
         case _ if name in ATTENTION:
             return (
                 "attention",

@@ -61,6 +61,9 @@ class PipelineEngine(Engine):
         self._everything = everything
         blocks = repeated_blocks(model) if units is None else list(units)
         drop_others(model, self._chunks)
+        if settings.parallelism.sequence_parallel:
+            for chunk in self._chunks[self._chunks[0].first :]:
+                chunk.register_forward_pre_hook(self._draw_apart)
         taken: set[nn.Parameter] = set()
         runtimes = []
         for chunk in self._chunks:
@@ -70,6 +73,11 @@ class PipelineEngine(Engine):
         narrow_buffers(model, settings, self.groups)
         self._stages = PipelineRuntime(runtimes, self.groups)
         return self._stages
+
+    def _draw_apart(self, chunk: nn.Module, arguments: Any) -> None:
+        """What a chunk takes is cut along the sequence, unless it is the first one: each tensor rank draws its own."""
+        if self.randomness is not None and chunk.training:
+            self.randomness.separate()
 
     def _make_plan(self) -> Plan:
         return self.settings.pipeline.plan(self.pipeline.world, self.settings.accumulation)

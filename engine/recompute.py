@@ -9,6 +9,8 @@ inside or around.
     policy      kept between forward and backward
     full        inputs; with `every` = k those of each k-th block, if each block takes what the one before it returned
     selective   inputs, results of matrix products, convolutions and attention
+    attention   all but what the core of attention makes (scores, softmax, dropout), which alone runs again: what
+                Korthikanti et al. 2022, section 5, call selective
     budget      inputs, and the results that are worth most under a number of bytes (collectives/recompute.py)
 """
 
@@ -70,10 +72,31 @@ def recompute_blocks(
             f"activation_checkpointing.policy = {section.policy!r}, but the model has no repeated blocks; allowed:"
             " none, or units=[...] with the modules"
         )
+    if section.policy == "attention":
+        blocks = cores_of(blocks)
     recompute = Recompute(model, blocks, section, device, visit, group or SoloCommunicator("tensor"), observer)
     for block in blocks:
         block.forward = Recomputed(recompute, block)
     return recompute
+
+
+CORE = "core_attention"
+"""Name of the module in a block that policy "attention" computes again; Megatron-LM calls it so."""
+
+
+def cores_of(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules in blocks that are called CORE.
+
+    Raises:
+        ValueError: there are none.
+    """
+    cores = [module for block in blocks for name, module in block.named_modules() if name.rpartition(".")[2] == CORE]
+    if not cores:
+        raise ValueError(
+            f"activation_checkpointing.policy = 'attention', but no module in a {type(blocks[0]).__name__} is called"
+            f" {CORE!r}; allowed: policy 'full', 'selective' or 'budget', or a model whose attention calls one"
+        )
+    return cores
 
 
 class Recompute:

@@ -125,11 +125,6 @@ def share_layers(
     randomness = Randomness(device, seed, samples, group.rank, drawn=draws(model), shared=shares)
     if not shares:
         return randomness
-    if groups.axis("pipeline").world > 1 and parallelism.sequence_parallel and randomness.drawn:
-        raise ValueError(
-            "dropout with parallel.sequence_parallel in pipeline stages, of which only the first one begins to draw"
-            " apart; allowed: two of the three"
-        )
     if parallelism.sequence_parallel and any(isinstance(module, MixtureOfExperts) for module in model.modules()):
         raise ValueError(
             "parallel.sequence_parallel with a MixtureOfExperts, whose tensor ranks all route all tokens; allowed: one"

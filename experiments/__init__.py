@@ -25,9 +25,16 @@ convergence  every precision, stage and compression beside fp32 on toy tasks
 tasks        toy tasks that a tiny GPT learns in seconds: copy, reverse, sort, characters
 train        a whole training loop as an example
 progress     throughput, predicted finish, and a bar
+validate     every prediction beside its published witness, with errors and thresholds
+validate_sources  the published tables: their figures, what is fitted to them, thresholds
+validate_report  a validation in a terminal and as a picture
+validate_live  the same on Gloo ranks of this machine: step time, bytes, peak memory
+published_figures  figures of published tables, each beside what predicts it
+published_rows  a row of such a table as a job: model, cluster, layout, and what its program did
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
 fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
+remedies     what makes a job fit that does not: options changed, each simulated, the fastest first
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture

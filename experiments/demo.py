@@ -125,16 +125,16 @@ def _run(result: Any, machine: Cluster) -> Run:
     )
 
 
-def predict_step_s(zero: int, machine: Cluster) -> float:
+def predict_step_s(zero: int, machine: Cluster, ranks: int = RANKS) -> float:
     """Seconds of the demo's training step at a ZeRO stage, flown and replayed; nothing of it is measured."""
     from .ranks import Task
 
     task = Task(f"{__name__}:sample", STEPS, "fp32", 1, 60.0, "")
     plan = Plan(
         factory="windtunnel.experiments.ranks:for_flight",
-        arguments={"task": task, "world": RANKS},
+        arguments={"task": task, "world": ranks},
         config=task.config(zero),
-        world=RANKS,
+        world=ranks,
     )
     return replay(fly(plan), machine).step_time_s
 

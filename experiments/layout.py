@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 """The optimizer that is flown where no file names one."""
 
-RECOMPUTE = ("none", "selective", "full", "budget")
+RECOMPUTE = ("none", "selective", "attention", "full", "budget")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 SAID_BY_OPTIONS = (
@@ -66,8 +66,11 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    expandable_segments: bool = False
     fusion: str = "none"
     clip: float = 0.0
+    attention: str | None = None
+    overlap: bool = True
     slow_ranks: float = 0.0
     slow_factor: float = 1.0
     slow_seed: int = 0
@@ -79,8 +82,9 @@ class Options:
 class Layout:
     """A job in full. `gpus` = dp * tp * pp * cp; `accumulation` micro-steps of `micro_batch` make `global_batch`.
 
-    Experts are spread over `ep` of the dp ranks. `slow_ranks` of all ranks, drawn with `slow_seed`, compute
-    `slow_factor` times as long as the others (sim/unlike.py).
+    Experts are spread over `ep` of the dp ranks. `attention` is the model's `attention_kernel`; without `overlap`
+    gradients are reduced when backward has ended, and parameters are gathered before the next forward begins. Some
+    `slow_ranks`, drawn with `slow_seed`, compute `slow_factor` times as long as the others (sim/unlike.py).
     """
 
     model: str
@@ -105,8 +109,11 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    expandable_segments: bool
     fusion: str
     clip: float
+    attention: str
+    overlap: bool
     slow_ranks: float
     slow_factor: float
     slow_seed: int
@@ -154,14 +161,21 @@ def resolve(options: Options, model: "ModelSpec | OwnModel", cluster: Cluster) -
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        expandable_segments=options.expandable_segments,
         fusion=options.fusion,
         clip=options.clip,
+        attention=options.attention or model.attention_kernel,
+        overlap=options.overlap,
         slow_ranks=options.slow_ranks,
         slow_factor=options.slow_factor,
         slow_seed=options.slow_seed,
         engine=options.engine,
         counts=model.counts,
     )
+    if layout.cp > 1 and layout.attention == "plain":
+        refuse("attention", "plain", "fused where ranks share sequences (cp > 1)")
+    if not layout.overlap and layout.zero > 1:
+        refuse("overlap", "false", f"with zero = 0 or 1; zero = {layout.zero} shards what arrives during backward")
     kinds_of(layout, cluster)
     read_into(ActivationSection, engine_config(layout)["activation_checkpointing"], "recompute")
     return layout
@@ -197,6 +211,7 @@ def _check(options: Options) -> None:
         "schedule": tuple(SCHEDULES),
         "offload": ("none", "optimizer", "parameters"),
         "offload_to": ("host", "nvme"),
+        "attention": ("fused", "plain", None),
     }
     for name, allowed in choices.items():
         value = getattr(options, name)
@@ -397,8 +412,8 @@ def _parallel_sections(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def with_positions(spec: ModelSpec, layout: Layout) -> ModelSpec:
-    """The model with positions for the layout's sequences, where it computes them."""
-    return replace(spec, seq=max(spec.seq, layout.seq))
+    """The model with positions for the layout's sequences, where it computes them, and the layout's attention."""
+    return replace(spec, seq=max(spec.seq, layout.seq), attention_kernel=layout.attention)
 
 
 def computes_in(layout: Layout) -> str:

@@ -2,7 +2,8 @@
 
 `load_model("gpt2")` reads the catalogue beside this file, `load_model("mine.toml")` a file with the same keys:
 `layers hidden heads kv_heads ffn vocab seq mlp norm positions attention tied bias`, optionally `experts top_k
-capacity_factor balance`, and `base = "NAME"` to take what is not given from a model of the catalogue.
+capacity_factor balance dropout attention_kernel`, and `base = "NAME"` to take what is not given from a model of the
+catalogue.
 """
 
 from collections.abc import Mapping
@@ -20,11 +21,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope", "alibi", "none"),
     "attention": ("causal", "full"),
+    "attention_kernel": ("fused", "plain"),
 }
 SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "experts", "top_k")
 FLAGS = ("tied", "bias")
-NUMBERS = {"capacity_factor": "> 0", "balance": ">= 0"}
-OPTIONAL = frozenset({"kv_heads", "ffn", "experts", "top_k", "capacity_factor", "balance"})
+NUMBERS = {"capacity_factor": "> 0", "balance": ">= 0", "dropout": ">= 0"}
+OPTIONAL = frozenset(
+    {"kv_heads", "ffn", "experts", "top_k", "capacity_factor", "balance", "dropout", "attention_kernel"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,9 @@ class ModelSpec:
         top_k: experts that each token visits.
         capacity_factor: room of an expert, in shares of what it gets where all are chosen alike (kernels/gating.py).
         balance: what the load-balance loss of each block counts in the loss; default that of Fedus et al. 2022.
+        dropout: of attention probabilities and of what attention and feed-forward add to the hidden states.
+        attention_kernel: "fused" (one kernel that keeps no scores, Dao et al. 2022) or "plain" (products of heads, a
+            masked softmax and dropout, each a kernel of its own).
         source: where the numbers come from.
 
     Raises:
@@ -74,6 +81,8 @@ class ModelSpec:
     top_k: int | None = None
     capacity_factor: float = 1.25
     balance: float = 0.01
+    dropout: float = 0.0
+    attention_kernel: str = "fused"
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -92,6 +101,8 @@ class ModelSpec:
                 or (value == 0 and "=" not in least)
             ):
                 raise ValueError(f"{self._naming(field)} must be a number {least}")
+        if self.dropout >= 1:
+            raise ValueError(f"{self._naming('dropout')} must be a number >= 0 and < 1")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{self._naming(field)} must be one of {', '.join(map(repr, allowed))}")

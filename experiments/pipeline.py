@@ -44,6 +44,7 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
+        expandable_segments=layout.expandable_segments,
         since=since,
         step=step,
     )
@@ -85,7 +86,9 @@ def stage_pricer(spec: ModelSpec, layout: Layout, plan: PipelinePlan) -> Callabl
     def stage_on(rank: int, machine: Cluster) -> Stage:
         if (parts[rank], machine) not in stages:
             trace = stage_flight(spec, layout, rank, parts)
-            stages[parts[rank], machine] = price_stage(trace, machine, plan, layout.fidelity, layout.fusion)
+            stages[parts[rank], machine] = price_stage(
+                trace, machine, plan, layout.fidelity, layout.fusion, overlap=layout.overlap
+            )
         return stages[parts[rank], machine]
 
     return stage_on

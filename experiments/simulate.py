@@ -82,7 +82,9 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        expandable_segments=layout.expandable_segments,
         fusion=layout.fusion,
+        overlap=layout.overlap,
         since=began,
     )
     return result if ranks.even_on(machine) else as_job(result, ranks, computes_in(layout))

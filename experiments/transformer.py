@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from ..engine.experts import ExpertLinear, MixtureOfExperts
 from ..engine.stages import Layer
+from ..kernels.attention import shared
+from ..kernels.core_attention import head_products, masked_softmax
 from .models import ModelSpec
 
 ROPE_BASE = 10_000.0
@@ -67,6 +69,34 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return nn.LayerNorm(spec.hidden, eps=1e-5, bias=spec.bias)
 
 
+class CoreAttention(nn.Module):
+    """softmax(Q K^T / sqrt(E)) V of each head: one fused operator, or in separate kernels."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.grouped = spec.kv_heads < spec.heads
+        self.causal = spec.attention == "causal"
+        self.plain = spec.attention_kernel == "plain"
+        self.dropout = spec.dropout
+
+    def forward(self, q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, bias_1HSS: Tensor | None) -> Tensor:
+        causal = self.causal and bias_1HSS is None  # an additive bias holds the mask itself
+        rate = self.dropout if self.training else 0.0
+        if not self.plain:
+            return functional.scaled_dot_product_attention(
+                q_BHSE, k_BKSE, v_BKSE, attn_mask=bias_1HSS, dropout_p=rate, is_causal=causal, enable_gqa=self.grouped
+            )
+        k_BHSE, v_BHSE = shared(k_BKSE, q_BHSE), shared(v_BKSE, q_BHSE)
+        scores_BHSS = head_products(q_BHSE, k_BHSE.mT)
+        shares_BHSS = masked_softmax(scores_BHSS, bias_1HSS, causal, q_BHSE.shape[-1] ** -0.5)
+        return head_products(dropped(shares_BHSS, rate), v_BHSE)
+
+
+def dropped(x: Tensor, rate: float) -> Tensor:
+    """Dropout; no operator at all where nothing is dropped."""
+    return functional.dropout(x, rate) if rate else x
+
+
 class Attention(nn.Module):
     """Multi-head attention; each key and value head serves H / K neighbouring query heads.
 
@@ -78,8 +108,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = spec.head_size
         self.widths = [spec.hidden, spec.kv_heads * spec.head_size, spec.kv_heads * spec.head_size]
-        self.grouped = spec.kv_heads < spec.heads
-        self.causal = spec.attention == "causal"
+        self.core_attention = CoreAttention(spec)
         self.qkv = Linear(spec.hidden, sum(self.widths), bias=spec.bias)
         self.output = Linear(spec.hidden, spec.hidden, bias=spec.bias)
         self.rotate = rotate
@@ -93,14 +122,7 @@ class Attention(nn.Module):
             q_BHSE, k_BKSE = self.rotate(q_BHSE, rope_2SE[:, :S]), self.rotate(k_BKSE, rope_2SE[:, :S])
         if bias_1HSS is not None:
             bias_1HSS = bias_1HSS[:, :, :S, :S]
-        mixed_BHSE = functional.scaled_dot_product_attention(
-            q_BHSE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=bias_1HSS,
-            is_causal=self.causal and bias_1HSS is None,  # an additive bias holds the mask itself
-            enable_gqa=self.grouped,
-        )
+        mixed_BHSE = self.core_attention(q_BHSE, k_BKSE, v_BKSE, bias_1HSS)
         return self.output(mixed_BHSE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSC: Tensor) -> Tensor:
@@ -151,10 +173,12 @@ class Block(nn.Module):
         self.attention = Attention(spec)
         self.mlp_norm = make_norm(spec)
         self.mlp = SwigluMlp(spec) if spec.mlp == "swiglu" else GeluMlp(spec)
+        self.dropout = spec.dropout
 
     def forward(self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        rate = self.dropout if self.training else 0.0
+        x_BSD = x_BSD + dropped(self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS), rate)
+        return x_BSD + dropped(self.mlp(self.mlp_norm(x_BSD)), rate)
 
 
 class ExpertBlock(nn.Module):
@@ -173,13 +197,15 @@ class ExpertBlock(nn.Module):
             top_k=spec.top_k,
             capacity_factor=spec.capacity_factor,
         )
+        self.dropout = spec.dropout
 
     def forward(
         self, x_BSD: Tensor, rope_2SE: Tensor | None = None, bias_1HSS: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS)
+        rate = self.dropout if self.training else 0.0
+        x_BSD = x_BSD + dropped(self.attention(self.attention_norm(x_BSD), rope_2SE, bias_1HSS), rate)
         mixed_BSD, balance = self.mlp(self.mlp_norm(x_BSD))
-        return x_BSD + mixed_BSD, balance
+        return x_BSD + dropped(mixed_BSD, rate), balance
 
 
 class Transformer(nn.Module):
@@ -254,7 +280,9 @@ class Transformer(nn.Module):
             raise ValueError(f"model {self.spec.name!r}: got {S} tokens per sequence, but seq = {self.spec.seq}")
         x_BSD: Tensor = self.embedding(tokens_BS)
         places_S = slice(S) if position_ids is None else position_ids[0]
-        return x_BSD if self.positions is None else x_BSD + self.positions.weight[places_S]
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions.weight[places_S]
+        return dropped(x_BSD, self.spec.dropout if self.training else 0.0)
 
     def _tables(self, dtype: torch.dtype, position_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """rope_2SE and bias_1HSS for the longest sequence, or for some positions of one. Cast here, once: a copy made

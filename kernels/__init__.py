@@ -12,6 +12,7 @@ adamw        one step of AdamW or Adam
 sgd          one step of SGD with momentum
 lion         one step of Lion on lists of tensors
 lamb         one step of LAMB on a tensor or a piece of one, but for its norms
+core_attention  the core of attention in separate kernels: products of heads, masked softmax
 dispatch     which implementation of a kernel runs on which device
 in_cache     several operators over large tensors, a piece at a time
 norms        RMSNorm with a residual, LayerNorm

@@ -14,6 +14,7 @@ Shapes: N tokens, D model width, V rows of the weights here, C tokens at a time.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,27 +114,19 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, targets)
-    whole: Vocabulary = Whole(weight.shape[0])
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, targets, vocabulary or whole, ignored, compute or in_chunks
-    )
+    rows: Vocabulary = vocabulary or Whole(weight.shape[0])
+    wanted = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight))
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(
+            hidden, weight, partial(compute or in_chunks, targets=targets, vocabulary=rows, ignored=ignored), wanted
+        )
     return loss
 
 
 class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocabulary: Vocabulary,
-        ignored: int,
-        compute: Compute,
-    ) -> Tensor:
-        gradients = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        with torch.autocast(hidden.device.type, enabled=False):
-            found = compute(hidden.detach(), weight.detach(), targets, vocabulary, ignored, gradients)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, compute: Compute, wanted: tuple[bool, bool]) -> Tensor:
+        found = compute(hidden.detach(), weight.detach(), gradients=wanted)
         ctx.save_for_backward(found.hidden, found.weight)
         ctx.dtype = weight.dtype
         return found.loss
@@ -145,7 +138,7 @@ class _LinearCrossEntropy(Function):
         # Not in place: a graph that is retained comes here again.
         of_hidden = None if hidden is None else hidden * scale.to(hidden.dtype)
         of_weight = None if weight is None else torch.mul(weight, scale).to(ctx.dtype)
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None
 
 
 def in_chunks(

@@ -117,12 +117,13 @@ def record_job(job: Job, cluster: Cluster, *, fidelity: str = "closed_form") -> 
     if len(job.stages) > 1:
         return _record_pipeline(job, cluster, fidelity)
     (trace,) = job.traces
-    recorded = stage_record(job, trace, cluster, fidelity).replay
-    memory, begin_s, end_s = steady_memory(trace, recorded, cluster.processor)
+    record = stage_record(job, trace, cluster, fidelity)
+    recorded = record.replay
+    memory, begin_s, end_s = steady_memory(trace, recorded, cluster.processor, record.fusion)
     drawn = sum(span.start_s >= begin_s for span in recorded.phase_spans)
     repeats = sum(phase.repeat for phase in trace.phases if phase.step == trace.phases[-1].step)
     return JobRecord(
-        timeline=rank_timeline(trace, recorded, cluster.processor),
+        timeline=rank_timeline(trace, recorded, cluster.processor, record.fusion),
         rank=0,
         memory=memory,
         begin_s=begin_s,
@@ -135,7 +136,7 @@ def stage_record(job: Job, trace: Trace, cluster: Cluster, fidelity: str) -> Sta
     """A trace of the job played again, with its spans kept; where ranks differ, among members of all kinds."""
     machine = _seen(cluster, _kinds(job, cluster))
     recorded = replay(trace, machine, record=True, **_said(replay, {**job.layout, "fidelity": fidelity}))
-    return StageRecord(trace, recorded, cluster.processor.allocation_bytes)
+    return StageRecord(trace, recorded, cluster.processor.allocation_bytes, job.layout.get("fusion", "none"))
 
 
 def _record_pipeline(job: Job, cluster: Cluster, fidelity: str) -> JobRecord:

@@ -45,15 +45,17 @@ class StageRecord:
 
     Attributes:
         rounding: the allocator hands out multiples of so many bytes.
+        fusion: with which it was replayed.
     """
 
     trace: Trace
     replay: Replay
     rounding: int
+    fusion: str = "none"
 
     @cached_property
     def ops(self) -> list[Played]:
-        return played(self.trace, self.replay)
+        return played(self.trace, self.replay, self.fusion)
 
     @cached_property
     def steady(self) -> Mapping[str, int]:

@@ -6,12 +6,13 @@ nothing but its spans.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 from ..collectives.trace import CATEGORIES, Alloc, Collective, Copy, Free, HostWork, Kernel, Op, Trace, Wait
+from .fusion import fuse
 from .replay import MOST_PLAYED, Replay
 from .streams import Span
 
@@ -92,16 +93,18 @@ def stream_of(op: Op) -> str | None:
             return None
 
 
-def played(trace: Trace, replay: Replay) -> list[Played]:
+def played(trace: Trace, replay: Replay, fusion: str = "none") -> list[Played]:
     """Every op in the order of the program, repeated phases as often as the replay played them.
 
     Args:
         replay: of this trace, with `record=True`.
+        fusion: with which it was replayed; of a chain that was fused, the last kernel has the span.
     """
     by_stream: dict[str, list[Span]] = defaultdict(list)
     for span in replay.spans:
         by_stream[span.stream].append(span)
     spans = defaultdict(lambda: iter(list[Span]()), {stream: iter(found) for stream, found in by_stream.items()})
+    standing = _standing(trace, fusion)
     runs: Counter[tuple[str, int]] = Counter()
     made: dict[tuple[str, int, int], list[Played]] = {}
     ops: list[Played] = []
@@ -112,17 +115,28 @@ def played(trace: Trace, replay: Replay) -> list[Played]:
             for call in phase.calls:
                 runs[call.key, call.block] += 1
                 here = made[call.key, call.block, runs[call.key, call.block]] = list[Played]()
-                for op in trace.segments[call.segment]:
+                for position, op in enumerate(trace.segments[call.segment]):
                     target = None
                     if isinstance(op, Wait | Free):
                         block = op.ref.block_from(call.block)
                         target = made[op.ref.key, block, runs[op.ref.key, block] - op.ref.age][op.ref.op]
-                    stream = stream_of(op) if number != BEFORE else None
+                    stream = stream_of(op) if number != BEFORE and position in standing[call.segment] else None
                     here.append(
                         Played(number, call.key, op, next(spans[stream], None) if stream is not None else None, target)
                     )
                 ops += here
     return ops
+
+
+def _standing(trace: Trace, fusion: str) -> list[Collection[int]]:
+    """By segment, the positions of what was played: of kernels that were fused only the last."""
+    if fusion == "none":
+        return [range(len(segment)) for segment in trace.segments]
+    keys: dict[int, set[str]] = defaultdict(set)
+    for phase in trace.phases:
+        for call in phase.calls:
+            keys[call.segment].add(call.key)
+    return [{position for position, _ in fuse(segment, keys[n])} for n, segment in enumerate(trace.segments)]
 
 
 def steady_phase(trace: Trace) -> int:

@@ -5,7 +5,7 @@ device as on CUDA; overlap and exposed communication come out of that instead of
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -23,6 +23,9 @@ from .network import collective_seconds, sent_bytes
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
 from .topology import Topology, topology
 from .transfers import Transfers
+
+UPDATE, GRADIENTS = "update", "gradients"
+"""The phase that steps the optimizer, and the label of reductions that it waits for."""
 
 MOST_PLAYED = 3
 """How often a repeated phase is played; further repetitions cost what the last one played did."""
@@ -60,16 +63,24 @@ class Replay:
 
 
 def replay(
-    trace: Trace, cluster: Cluster, *, fidelity: str = "closed_form", fusion: str = "none", record: bool = False
+    trace: Trace,
+    cluster: Cluster,
+    *,
+    fidelity: str = "closed_form",
+    fusion: str = "none",
+    overlap: bool = True,
+    record: bool = False,
 ) -> Replay:
     """Play two steps and report the second.
 
     Args:
         fidelity: how collectives are priced, see sim/network.py.
         fusion: how element-wise kernels are, see sim/fusion.py.
+        overlap: False for programs that reduce gradients when backward has ended, and begin the next forward when all
+            parameters have been gathered.
         record: keep the spans.
     """
-    rank = _Rank(trace, cluster, fidelity, fusion, record)
+    rank = _Rank(trace, cluster, fidelity, fusion, overlap, record)
     rank.env.run(rank.finished)
     step = _between(rank.marks[1], rank.marks[2])
     breakdown = _causes(step)
@@ -116,8 +127,8 @@ class CountingEnvironment(simpy.Environment):
 class _Rank:
     """The host of one rank, and its streams."""
 
-    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, fusion: str, record: bool) -> None:
-        self.trace, self.cluster, self.fidelity = trace, cluster, fidelity
+    def __init__(self, trace: Trace, cluster: Cluster, fidelity: str, fusion: str, overlap: bool, record: bool) -> None:
+        self.trace, self.cluster, self.fidelity, self.overlap = trace, cluster, fidelity, overlap
         self.env = CountingEnvironment()
         self.processor = cluster.processor
         self._launch_s = self.processor.launch_s if self.processor.asynchronous else 0.0
@@ -137,6 +148,8 @@ class _Rank:
         self.phases_s: list[tuple[Phase, Mark]] = []
         self.record, self.phase_spans = record, list[Span]()
         self._skipped: Mark = defaultdict(float)
+        self._late: dict[Event, tuple[str, Callable[[], object]]] = {}  # what waits for the end of backward
+        self._updating: list[tuple[Event, str]] | None = None  # in an update: what it has started
         self._runs: Counter[tuple[str, int]] = Counter()
         self._started: dict[tuple[str, int, int, int], tuple[Event, str | None]] = {}
         self._seconds: dict[Collective, float] = {}
@@ -198,8 +211,11 @@ class _Rank:
         ends: list[Mark] = []
         self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
+            if phase.name == UPDATE and not self.overlap:
+                self._begin_update()
             for call in phase.calls:
                 yield from self._host_call(call)
+            self._end_update()
             self.compute.mark(lambda: ends.append(self._clock()))
             if self.record:
                 self.compute.mark(partial(self._record_phase, phase.name))
@@ -237,6 +253,8 @@ class _Rank:
                     if op.ref.key.startswith("initialize"):
                         continue  # long done: what precedes training takes no time
                     done, axis = self._started[op.ref.key, block, run, op.ref.op]
+                    if done in self._late:
+                        continue
                     if op.stream in ("compute", "program"):
                         self.compute.wait(done, axis)
                         if op.stream == "program" and not done.processed:
@@ -250,8 +268,30 @@ class _Rank:
         if not isinstance(op, Collective):
             return self.transfers.start(op, self._drained())
         seconds = self._collective_seconds(op)
-        name = f"{op.kind} {op.label}"
-        return self.streams[op.axis].start(name, seconds, after=self._drained())
+        start = partial(self.streams[op.axis].start, f"{op.kind} {op.label}", seconds)
+        if not self.overlap and op.label == GRADIENTS and self._updating is None:
+            done = self.env.event()
+            self._late[done] = op.axis, lambda: start(after=self._drained(), done=done)
+            return done
+        done = start(after=self._drained())
+        if self._updating is not None:
+            self._updating.append((done, op.axis))
+        return done
+
+    def _begin_update(self) -> None:
+        """Perform the reductions that have waited for the end of backward, before anything else."""
+        self._updating = []
+        for _, start in self._late.values():
+            start()
+        for done, (axis, _) in self._late.items():
+            self.compute.wait(done, axis)
+        self._late.clear()
+
+    def _end_update(self) -> None:
+        """What the update has started ends in it."""
+        for done, axis in self._updating or ():
+            self.compute.wait(done, axis)
+        self._updating = None
 
     def _collective_seconds(self, op: Collective) -> float:
         if op not in self._seconds:
@@ -336,6 +376,10 @@ ATTENTION_BACKWARD_SHARE = 4 / 5
 """Fused attention multiplies five times in backward, once to make the scores again; model FLOPs count four."""
 
 
+LOSS_WITH_GRADIENTS = "linear_cross_entropy"
+"""An operator of the forward that makes its gradients there: a product for the logits, and one for each gradient."""
+
+
 def flops(trace: Trace, *, forward_only: bool) -> float:
     total = 0.0
     for segment, forward, times in _steady(trace):
@@ -344,5 +388,7 @@ def flops(trace: Trace, *, forward_only: bool) -> float:
         for op in trace.segments[segment]:
             if isinstance(op, Kernel):
                 share = ATTENTION_BACKWARD_SHARE if op.name == "attention_backward" else 1.0
+                if forward_only and op.name == LOSS_WITH_GRADIENTS:
+                    share = 1 / op.shape[0]
                 total += times * share * op.flops
     return total

@@ -223,9 +223,9 @@ class CommunicationStream:
         self._queue = Queue(self.env)
         self.env.process(self._serve())
 
-    def start(self, name: str, seconds: float, after: Event) -> Event:
+    def start(self, name: str, seconds: float, after: Event, done: Event | None = None) -> Event:
         """Queue a collective that may begin when `after` has happened; the event is its end."""
-        done = self.env.event()
+        done = done or self.env.event()
         self._queue.put((name, seconds, after, done))
         return done
 

@@ -39,9 +39,9 @@ class Timeline:
     arrows: tuple[Arrow, ...] = ()
 
 
-def rank_timeline(trace: Trace, replay: Replay, processor: Processor) -> Timeline:
-    """Both steps of a replay that was recorded."""
-    ops = played(trace, replay)
+def rank_timeline(trace: Trace, replay: Replay, processor: Processor, fusion: str = "none") -> Timeline:
+    """Both steps of a replay that was recorded, with kernels fused like that."""
+    ops = played(trace, replay, fusion)
     memory = memory_track(changes(ops, replay.phase_spans, processor.allocation_bytes))
     spans = (*replay.phase_spans, *replay.spans)
     return Timeline((Process("rank 0", spans, memory),), tuple(_drawn(arrows(ops))))
@@ -54,9 +54,11 @@ def _drawn(found: Iterable[tuple[str, Played, Played]]) -> Iterator[Arrow]:
         yield Arrow(name, source.span, target.span)
 
 
-def steady_memory(trace: Trace, replay: Replay, processor: Processor) -> tuple[MemoryTrack, float, float]:
+def steady_memory(
+    trace: Trace, replay: Replay, processor: Processor, fusion: str = "none"
+) -> tuple[MemoryTrack, float, float]:
     """Memory by category in the steady step of a recorded replay, and when that step begins and ends."""
-    ops = played(trace, replay)
+    ops = played(trace, replay, fusion)
     steady = steady_phase(trace)
     begin, end = replay.phase_spans[steady].start_s, replay.phase_spans[-1].end_s
     track = memory_track(changes(ops, replay.phase_spans, processor.allocation_bytes))

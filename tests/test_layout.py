@@ -32,6 +32,7 @@ def test_the_defaults_of_the_contract() -> None:
         "sequence_parallel": False, "recompute": "none", "recompute_budget": None, "offload": "none",
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
+        "attention": "fused", "overlap": True,
     }  # fmt: skip
 
 
@@ -85,7 +86,10 @@ def test_parallel_sizes_are_at_least_one(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recompute": "ful"}, "recompute = ful; allowed: none, selective, full, budget; did you mean 'full'?"),
+        (
+            {"recompute": "ful"},
+            "recompute = ful; allowed: none, selective, attention, full, budget; did you mean 'full'?",
+        ),
         ({"fidelity": "event"}, "fidelity = event; allowed: closed_form, events; did you mean 'events'?"),
         ({"precision": "bf61"}, "precision = bf61; allowed: fp32, bf16, fp16; did you mean 'bf16'?"),
         ({"schedule": "gpip"}, "schedule = gpip; allowed: sequential, gpipe, 1f1b, .*; did you mean 'gpipe'?"),

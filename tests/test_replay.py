@@ -92,6 +92,25 @@ def test_interference_by_hand(compute: float, communication: float, ops: list[Op
     assert times(replay(steps_of(*ops), cluster)) == pytest.approx(expected)
 
 
+WITHOUT_OVERLAP = {
+    # the last update's gather and the reduction take 5 s beside 4 of backward; then a second of update
+    "overlapped": (True, "gradients", (6, 5, 1, 0)),
+    # 4 of backward, 3 of reduction, 1 of update, 2 of gather
+    "one after the other": (False, "gradients", (10, 5, 5, 0)),
+    # what is no reduction of gradients stays beside backward; the update's gather ends in it
+    "other collectives": (False, "activations", (7, 5, 2, 0)),
+}
+
+
+@pytest.mark.parametrize(("overlap", "label", "expected"), WITHOUT_OVERLAP.values(), ids=WITHOUT_OVERLAP)
+def test_without_overlap_the_update_reduces_and_gathers(overlap: bool, label: str, expected: tuple[float, ...]) -> None:
+    backward = (gather(3, label), kernel(4), wait(0, "backward"))
+    update = (kernel(1), gather(2))
+    trace = two_steps([("backward", backward, 1), ("update", update, 1)])
+    named = tuple(replace(phase, name="update") if "1" in phase.name else phase for phase in trace.phases)
+    assert times(replay(replace(trace, phases=named), CLUSTER, overlap=overlap)) == pytest.approx(expected)
+
+
 def test_the_second_step_is_the_one_that_counts() -> None:
     # The second step waits for what the first one started: 10 s less the 1 s of its own kernel before.
     first, second = (kernel(1), gather(10)), (kernel(1), wait(1, age=1), kernel(1), gather(10))

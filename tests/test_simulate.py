@@ -49,6 +49,7 @@ def test_every_option_is_in_the_layout_as_resolved() -> None:
         "sequence_parallel": False, "recompute": "full", "recompute_budget": None, "offload": "none",
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
+        "attention": "fused", "overlap": True,
         "counts": "tokens",
     }  # fmt: skip
     assert set(result.layout) == set(Layout.__dataclass_fields__)

@@ -76,6 +76,15 @@ def test_schedules_differ_as_they_promise() -> None:
     assert activations[0] > 3 * activations[1]  # 16 micro-batches in flight against 4
 
 
+@pytest.mark.parametrize("options", [{"gpus": 2}, {"gpus": 4, "pp": 2, "global_batch": 8}])
+@pytest.mark.parametrize("how", [{"slow_ranks": 0.5, "slow_factor": 1.5}, {"fusion": "elementwise"}])
+def test_a_saved_job_remembers_how_it_is_priced(options: dict[str, Any], how: dict[str, Any]) -> None:
+    result = step(**options, **how)
+    again = simulate_trace(loads(saved_trace(DEMO, result)), CLUSTER)
+    assert replace(again, wall_s=0.0) == replace(result, wall_s=0.0)
+    check(json.loads(timeline(DEMO, CLUSTER, result)))
+
+
 def test_a_pipelined_job_as_files() -> None:
     result = step(gpus=4, pp=4, global_batch=8)
     job = loads(saved_trace(DEMO, result))

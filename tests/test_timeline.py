@@ -7,7 +7,7 @@ from chrome_trace import Seen, check
 from hand_made import CLUSTER, cluster_with, gather, kernel, steps_of, two_steps, wait
 from hypothesis import given
 from hypothesis import strategies as st
-from windtunnel.collectives.trace import Alloc, Free, Ref, Trace, Wait
+from windtunnel.collectives.trace import Alloc, Free, Kernel, Ref, Trace, Wait
 from windtunnel.sim.hardware import Cluster
 from windtunnel.sim.memory import replay_memory
 from windtunnel.sim.recording import played
@@ -104,6 +104,17 @@ def test_memory_is_what_the_allocator_says(storages: list[tuple[str, int]], roun
     # The n-th storage comes when the kernel before it has ended.
     first = [event["ts"] for event in seen.counters["rank 0"]][: len(storages)]
     assert first == pytest.approx([number * US for number in range(len(storages))])
+
+
+def test_of_fused_kernels_the_last_has_the_span() -> None:
+    chain = [Kernel(name, "memory", 0.0, 0, 1, "uint8", (4,)) for name in ("add", "mul", "gelu")]
+    trace = steps_of(kernel(2, "before"), Alloc(8, "activations"), *chain, kernel(3, "after"))
+    result = replay(trace, CLUSTER, fusion="elementwise", record=True)
+    names = [(one.op.name, one.span and one.span.name) for one in played(trace, result, "elementwise")
+             if isinstance(one.op, Kernel)]  # fmt: skip
+    assert names == [("before", "before"), ("add", None), ("mul", None), ("gelu", "fused"), ("after", "after")] * 2
+    seen = check(json.loads(to_json(rank_timeline(trace, result, CLUSTER.processor, "elementwise"))))
+    assert len(seen.spans["rank 0", "compute"]) == 6
 
 
 def test_without_record_there_are_no_spans() -> None:

@@ -17,7 +17,7 @@ from windtunnel.collectives.pipeline_schedules import schedule
 from windtunnel.collectives.trace import Collective, Op, Segment, Trace
 from windtunnel.experiments.models import load_model
 from windtunnel.experiments.simulate import simulate, timeline
-from windtunnel.sim.hardware import Cluster, Fabric, load_cluster
+from windtunnel.sim.hardware import Cluster, Fabric, load_cluster, load_processor
 from windtunnel.sim.pipeline import compose
 from windtunnel.sim.rank_classes import Kind, RankKinds, pipeline_classes, rank_kinds, seen_by
 from windtunnel.sim.replay import replay
@@ -125,7 +125,9 @@ def test_equal_members_change_nothing() -> None:
 def test_a_narrow_link_is_as_slow_as_it_is_narrow(share: float, seconds: float) -> None:
     """A ring over 4 ranks on 2 nodes sends 3 of 4 parts of 8 bytes, and the link between nodes is the narrowest."""
     trace = two_steps([("forward", (gather(4), wait(0)), 1)], world={"data": 4})
-    assert replay(trace, seen_by(NODES, (Kind(Pace(PROCESSOR), share),))).step_time_s == pytest.approx(seconds)
+    narrow = Kind(Pace(PROCESSOR), share)
+    for members in [(narrow,), (Kind(Pace(PROCESSOR)), narrow)]:
+        assert replay(trace, seen_by(NODES, members)).step_time_s == pytest.approx(seconds)
 
 
 steps = st.lists(
@@ -263,6 +265,20 @@ def test_pipelines_meet_at_their_updates(slow: set[int], factor: float) -> None:
     assert uneven_step_s(mesh, plan, ranks) == pytest.approx(max(ends), rel=1e-9)
 
 
+def test_a_stage_steps_as_its_slowest_copy_does_in_all_copies() -> None:
+    """Copy 0 is slow in two stages and ends last; in the third stage another copy is slow, and its update is shared."""
+    mesh, plan = Mesh.of({"data": 4, "pipeline": 3}), plan_of(3, 4)
+
+    def stage_on(rank: int, seen: Cluster) -> Stage:
+        return price_stage(flight_of(mesh), seen, plan, "closed_form")
+
+    uneven = compose_uneven(plan, stage_on, NODES, mesh, kinds_of(12, [0, 4, 9]), 0)
+    slow = price_stage(flight_of(mesh), seen_by(NODES, (Kind(SLOW),)), plan, "closed_form")
+    assert [rank.after_s for rank in uneven.step.ranks] == [sum(slow.update_s.values())] * 3
+    assert [stage.update_s for stage in uneven.stages] == [slow.update_s] * 3
+    assert [rank.compute_s for rank in uneven.step.ranks] == [36, 36, 12]
+
+
 def test_a_narrow_node_slows_the_messages_and_the_reductions_that_touch_it() -> None:
     """Three stages of two copies on a node each; the node of the middle stage sends at half the rate."""
     mesh, plan = Mesh.of({"data": 2, "pipeline": 3}), plan_of(3, 1)
@@ -303,7 +319,9 @@ def test_a_data_parallel_job_waits_for_one_slow_rank() -> None:
     )
     assert replace(even, layout=plain.layout, wall_s=plain.wall_s) == plain
     assert plain.step_time_s < slow.step_time_s <= 1.5 * plain.step_time_s
-    assert slow.breakdown_s["compute"] == pytest.approx(1.5 * plain.breakdown_s["compute"], rel=0.02)
+    # Collectives disturb the slow rank's kernels for as long as the others', which is a smaller part of them.
+    longest_s, rate = 1.5 * plain.breakdown_s["compute"], load_processor("a100-80gb").compute_rate_under_communication
+    assert (1 + rate) / 2 * longest_s < slow.breakdown_s["compute"] < 1.02 * longest_s
     assert slow.peak_memory_bytes == plain.peak_memory_bytes
     assert slow.bytes_sent_per_gpu == plain.bytes_sent_per_gpu
     assert sum(slow.breakdown_s.values()) == pytest.approx(slow.step_time_s, rel=EXACT)

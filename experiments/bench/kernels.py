@@ -68,7 +68,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from ..witness import watch_allocations
 
-    return watch_allocations(lambda mark: run()).peak_bytes()
+    def once(mark: object) -> None:
+        run()
+
+    return watch_allocations(once).peak_bytes()
 
 
 def rows_of(
