@@ -110,8 +110,9 @@ class Chain(nn.Module):
         super().__init__()
         self.rates = [rate.item() for rate in torch.linspace(0, 0.1, DEEP)]
         self.blocks = nn.ModuleList([nn.Linear(WIDE, WIDE, bias=False) for _ in range(DEEP)])
-        self.scale = nn.Parameter(torch.ones(WIDE))
-        self.same = self.scale
+        shared = nn.Parameter(torch.ones(WIDE))
+        self.scale = shared
+        self.same = shared
 
     def forward(self, x: Tensor) -> Tensor:
         for block, rate in zip(self.blocks, self.rates, strict=True):

@@ -86,6 +86,14 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     assert sum(op.flops for op in steady) == counter.get_total_flops() > 0
 
 
+def test_a_learned_bias_of_attention_has_a_gradient() -> None:
+    real("t5_fused")
+    _, trace = flown("t5_fused", 3)
+    biased = [phase for phase, *_, op in walk(trace) if isinstance(op, Kernel) and "bias_backward" in op.name]
+    # Self-attention of two blocks on either side; between the sides there is no bias.
+    assert sum(phase.step == 2 for phase in biased) == 4
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_a_recurrent_step_is_a_product_and_an_element_wise_kernel(name: str) -> None:
     """As on GPUs; torch's own way on a device without kernels of its own has some ten a step."""
