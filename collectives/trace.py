@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-FORMAT_VERSION = 2
-"""Version 1 had no Copy, no HostWork, and waits of the compute stream only; a trace of it means the same today."""
+FORMAT_VERSION = 3
+"""Version 1 had no Copy, no HostWork, and waits of the compute stream only; version 2 did not say which attention is
+causal. A trace of either means the same today."""
 
 TIERS = ("device", "host", "nvme")
 """Where bytes may rest: memory of the device, memory of its node, files on the node's NVMe drives."""

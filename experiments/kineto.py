@@ -184,19 +184,22 @@ def described(one: Operator) -> Kernel | None:
         result = function(*positional, **named)
     operands = [leaf for leaf in tree_leaves((positional, named)) if isinstance(leaf, Tensor)]
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    attention = _attention(function.overloadpacket.__name__, operands, results)
+    causal = any(given.name == "is_causal" and value for given, value in arguments)
+    attention = _attention(function.overloadpacket.__name__, operands, results, causal)
     return attention or describe(function, operands, positional, results)
 
 
-def _attention(name: str, operands: "Sequence[Tensor]", results: "Sequence[Tensor]") -> Kernel | None:
+def _attention(name: str, operands: "Sequence[Tensor]", results: "Sequence[Tensor]", causal: bool) -> Kernel | None:
     """Fused attention as the operators of the simulated device describe it, whichever of torch's it was."""
     from ..engine.operators import ATTENTION, describe
     from ..engine.sim_device import attention, attention_backward
 
     if name in ATTENTION:
-        return describe(attention._opoverload, operands[:3], operands[:3], results[:2])
+        inputs = operands[:3]
+        return describe(attention._opoverload, inputs, (*inputs, None, causal), results[:2])
     if name.removesuffix("_backward") in ATTENTION:
-        return describe(attention_backward._opoverload, operands[:6], operands[:6], results[:3])
+        saved = operands[:6]
+        return describe(attention_backward._opoverload, saved, (*saved, causal), results[:3])
     return None
 
 

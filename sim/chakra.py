@@ -200,6 +200,7 @@ class _Graph:
                     "windtunnel_read_bytes": op.read_bytes,
                     "windtunnel_dtype": op.dtype,
                     "windtunnel_shape": op.shape,
+                    "windtunnel_causal": op.causal,
                     "windtunnel_segment": key,
                 }
                 return self._add(op.name, NodeType.COMP, stream, about, micros)
@@ -348,7 +349,8 @@ def _op_of(node: Node) -> Op:
                 if not isinstance(shape, tuple) or not isinstance(flops, float):
                     raise ValueError(f"node {node.id} has shape {shape!r} and {flops!r} FLOPs; allowed: numbers")
                 family, dtype = str(node.attributes["windtunnel_family"]), str(node.attributes["windtunnel_dtype"])
-                return Kernel(node.name, family, flops, read, written, dtype, shape)
+                causal = bool(node.attributes["windtunnel_causal"])
+                return Kernel(node.name, family, flops, read, written, dtype, shape, causal)
             case NodeType.MEM_LOAD | NodeType.MEM_STORE:
                 return Copy(str(node.attributes["windtunnel_direction"]), number("tensor_size"), node.name)
             case NodeType.COMM_COLL | NodeType.COMM_SEND:

@@ -209,7 +209,8 @@ def segments(draw: Any) -> tuple[Op, ...]:
     for _ in range(draw(st.integers(1, 9))):
         match draw(st.sampled_from(["kernel", "gather", "reduce", "shift", "copy", "host", "wait"])):
             case "kernel":
-                ops.append(Kernel("mm", "matmul", 8.0, 3, draw(st.integers(1, 5)), "fp32", (1, 1, 2, 2)))
+                shape, causal = (1, 1, 2, 2, 2), draw(st.booleans())
+                ops.append(Kernel("attention", "attention", 8.0, 3, draw(st.integers(1, 5)), "fp32", shape, causal))
                 continue
             case "wait" if started:
                 ops.append(Wait(Ref("forward", -1, False, 0, draw(st.sampled_from(started)))))
