@@ -6,11 +6,11 @@ All rooms may use it. pydantic does the checking and is imported only when somet
 import difflib
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -53,14 +53,15 @@ def read_into(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(json.dumps(data, default=str))
+        built: T = _adapter(cast("Hashable", kind)).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {_sentence(kind, first)}") from None
+    return built
 
 
 @cache
-def _adapter(kind: type[T]) -> "TypeAdapter[T]":
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
     """The checker of a dataclass; making one takes longer than using it."""
     from pydantic import TypeAdapter
 

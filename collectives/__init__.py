@@ -26,6 +26,7 @@ recompute   what a block keeps for its backward, the cheapest set under a budget
 pipeline    what a pipeline schedule is made of: actions, messages, plans; which stage lives where
 pipeline_schedules  GPipe, 1F1B, interleaved, zero-bubble and others: their orders, promises, closed forms
 pipeline_messages   sends and receives put into a plan, posted ahead, fused
+pipeline_rehearsal  a plan's actions one micro-batch after the other, as flights do them
 pipeline_proof      everything done once, no deadlock under Gloo's and NCCL's rules, the promised memory
 pipeline_clock      when actions run if messages are free, and the share of the step that is idle
 pipeline_diagram    a plan as the textbook picture of it

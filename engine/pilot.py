@@ -29,14 +29,13 @@ class StageToFly:
     Attributes:
         rank: its place in the pipeline.
         blocks: repeated blocks that it has.
-        shape, dtype: of the tensor that one stage hands to the next.
+        hands_on: (shape, dtype) of each tensor that one stage hands to the next.
         tokens: of a whole sequence.
     """
 
     rank: int
     blocks: int
-    shape: tuple[int, ...]
-    dtype: str
+    hands_on: tuple[tuple[tuple[int, ...], str], ...]
     tokens: int
 
 

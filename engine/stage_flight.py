@@ -5,40 +5,18 @@ overlap is for the schedule's plan to say, with which `sim` composes a step; mes
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..collectives.pipeline import BACKWARD, FORWARD, INPUT, UPDATE, WEIGHT, Action, Plan, phase_name
+from ..collectives.pipeline import UPDATE, Action, Plan, phase_name
+from ..collectives.pipeline_rehearsal import rehearsal
 from ..collectives.trace import Trace
 from .device import DTYPES
 from .pilot import StageToFly
 from .pipeline import PipelineEngine
 from .pipeline_format import Format
 from .recorder import Recorder
-
-
-def rehearsal(plan: Plan, micro_batches: int) -> Plan:
-    """The chunks of a plan, for so many micro-batches, one at a time: forwards through all, backwards through all."""
-    splits = any(action.kind == WEIGHT for action in plan.actions(0))
-    backward = (INPUT, WEIGHT) if splits else (BACKWARD,)
-    program = tuple(
-        action
-        for number in range(micro_batches)
-        for action in (
-            *(Action(FORWARD, chunk, number) for chunk in range(plan.chunks)),
-            *(Action(kind, chunk, number) for chunk in reversed(range(plan.chunks)) for kind in backward),
-        )
-    )
-    return replace(
-        plan,
-        schedule="rehearsal",
-        micro_batches=micro_batches,
-        micro_batches_per_step=micro_batches,
-        most_in_flight=(plan.chunks,) * plan.ranks,
-        programs=(program,) * plan.ranks,
-    )
 
 
 class FlownStage(PipelineEngine):
@@ -59,7 +37,7 @@ class FlownStage(PipelineEngine):
         return rehearsal(section.plan(ranks, ranks), self.settings.accumulation)
 
     def _learn_formats(self, inputs: tuple[Any, ...]) -> tuple[list[Format], list[Format]]:
-        between: Format = ((torch.Size(self.flown.shape), DTYPES[self.flown.dtype]),)
+        between: Format = tuple((torch.Size(shape), DTYPES[dtype]) for shape, dtype in self.flown.hands_on)
         enters = [() if chunk.first else between for chunk in self._chunks]
         return enters, [() if chunk.last else between for chunk in self._chunks]
 

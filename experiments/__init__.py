@@ -34,6 +34,7 @@ published_rows  a row of such a table as a job: model, cluster, layout, and what
 calibrate    turns measured primitives into a hardware profile
 fit_network  network profiles of nodes, from published all-reduces, and their errors
 fit_kernels  kernel figures of GPUs, from published measurements of kernels, and their errors
+remedies     what makes a job fit that does not: options changed, each simulated, the fastest first
 what_if      what one key of the config costs or saves on a reference job
 config_keys  the keys of the config as a document, from the dataclasses that read them
 choices      which algorithm is fastest at which size on a cluster: rows and a picture

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -90,6 +91,12 @@ def simulate(
         str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or fp16 where there is none.", show_default=False)
     ] = None,
     fidelity: Annotated[str, typer.Option(help="closed_form, or events to play every message.")] = "closed_form",
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="The CUDA allocator grows its segments in place.")
+    ] = False,
+    no_remedies: Annotated[
+        bool, typer.Option("--no-remedies", help="Do not look for options under which it would fit.")
+    ] = False,
     fusion: Annotated[str, typer.Option(help="none, or elementwise: chains of such kernels as one.")] = "none",
     slow_ranks: Annotated[
         float, typer.Option(help="Slow ranks, drawn at random: below 1 a share of all, else how many.")
@@ -134,7 +141,7 @@ def simulate(
         "micro_batch": micro_batch, "global_batch": global_batch, "seq": seq, "sequence_parallel": sequence_parallel,
         "recompute": recompute, "recompute_budget": recompute_budget, "offload": offload, "offload_to": offload_to,
         "precision": precision, "fidelity": fidelity, "fusion": fusion, "slow_ranks": slow_ranks,
-        "slow_factor": slow_factor, "slow_seed": slow_seed,
+        "slow_factor": slow_factor, "slow_seed": slow_seed, "expandable_segments": expandable_segments,
         "attention": attention, "overlap": overlap,
     }  # fmt: skip
     if tokens is not None and tokens <= 0:
@@ -155,6 +162,7 @@ def simulate(
         results = [simulation.simulate(found, machine, config=config, gpus=count, **chosen) for machine, count in jobs]
         job = cache(partial(simulation.job, found, results[-1]))
     answers = [simulation.to_dict(result) for result in results]
+    remedies = () if no_remedies or found is None or len(results) > 1 else _remedies(found, machines[0], results[0])
     faults = (
         faulty.Faults(
             failures=failures or faulty.DEFAULT, mtbf_hours=mtbf_hours, restart_s=restart_s, checkpoint_s=checkpoint_s
@@ -163,6 +171,7 @@ def simulate(
         else None
     )
     for answer, result, (machine, _) in zip(answers, results, jobs, strict=True):
+        answer["remedies"] = [asdict(remedy) for remedy in remedies]
         answer |= prices.costs(result, machine, tokens, compared=len(machines) > 1)
         if faults is not None and found is not None:
             answer["goodput"] = faulty.goodput(result, found.parameters, machine, faults, tokens=tokens)
@@ -195,6 +204,8 @@ def simulate(
         _print_json({**answers[0], **files} if len(results) == 1 else {"results": answers, **files})
         return
     _show_steps(results, answers, shapes)
+    if len(results) == 1 and not results[0].fits:
+        _show_overflow(results[0], remedies, searched=not no_remedies)
     for name, path in files.items():
         print(f"{name}: {path}")
 
@@ -213,6 +224,20 @@ def _alone_with_trace(options: dict[str, Any]) -> None:
 
 def _counts(gpus: str | None) -> list[int | None]:
     return [None] if gpus is None else [*_integers("gpus", gpus)]
+
+
+def _remedies(model: Any, machine: Any, result: Any) -> tuple[Any, ...]:
+    """Options under which a job fits that does not."""
+    from .remedies import remedies
+
+    return remedies(model, machine, result, say=_say)
+
+
+def _show_overflow(result: Any, found: tuple[Any, ...], searched: bool) -> None:
+    from .tables import overflow
+
+    for line in overflow(result, found, searched=searched):
+        print(line)
 
 
 def _show_steps(results: list[Any], answers: list[dict[str, Any]], shapes: list[dict[str, Any]]) -> None:

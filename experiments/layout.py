@@ -66,6 +66,7 @@ class Options:
     offload_to: str = "host"
     precision: str | None = None
     fidelity: str = "closed_form"
+    expandable_segments: bool = False
     fusion: str = "none"
     clip: float = 0.0
     attention: str | None = None
@@ -108,6 +109,7 @@ class Layout:
     offload_to: str
     precision: str
     fidelity: str
+    expandable_segments: bool
     fusion: str
     clip: float
     attention: str
@@ -159,6 +161,7 @@ def resolve(options: Options, model: "ModelSpec | OwnModel", cluster: Cluster) -
         offload_to=options.offload_to,
         precision=_precision(options, cluster),
         fidelity=options.fidelity,
+        expandable_segments=options.expandable_segments,
         fusion=options.fusion,
         clip=options.clip,
         attention=options.attention or model.attention_kernel,

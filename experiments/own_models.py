@@ -61,6 +61,11 @@ class OwnModel:
         return "own"
 
     @property
+    def attention_kernel(self) -> str:
+        """What the module calls is what flies."""
+        return "fused"
+
+    @property
     def described(self) -> str:
         """One line for a reader."""
         batch = f"{self.samples:,} sample{'s' * (self.samples > 1)}"
@@ -103,6 +108,8 @@ def with_sample(
     """
     if chosen.seq not in (None, model.seq):
         refuse("seq", chosen.seq, f"{model.seq}, as in the sample batch of {model.name}; change it there")
+    if chosen.attention not in (None, model.attention_kernel):
+        refuse("attention", chosen.attention, f"to leave it out: {model.name} has an attention of its own")
     if chosen.micro_batch is not None:
         return chosen, config
     if config is None:

@@ -44,6 +44,7 @@ def simulate_pipeline(spec: ModelSpec, layout: Layout, machine: Cluster, since: 
         precision=computes_in(layout),
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
+        expandable_segments=layout.expandable_segments,
         since=since,
         step=step,
     )
@@ -95,7 +96,7 @@ def stage_pricer(spec: ModelSpec, layout: Layout, plan: PipelinePlan) -> Callabl
 
 def message_bytes(spec: ModelSpec, layout: Layout) -> int:
     """What a stage hands to the next one of a micro-batch, and gets back."""
-    return prod(hidden_shape(spec, layout)) * DTYPE_BYTES[layout.precision]
+    return sum(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in handed_on(spec, layout))
 
 
 @lru_cache(maxsize=64)
@@ -133,14 +134,18 @@ def layers_by_stage(parts: Sequence[tuple[Part, ...]], plan: PipelinePlan) -> li
 
 def mesh_of(layout: Layout) -> Mesh:
     """The whole job's axes, as the engine lays them out by default."""
-    sizes = {"tensor": layout.tp, "context": layout.cp, "data": layout.dp, "pipeline": layout.pp}
-    return Mesh.of({axis: size for axis, size in sizes.items() if size > 1 or axis == "data"})
+    data = {"data": layout.dp} if layout.ep == 1 else {"expert": layout.ep, "expert_data": layout.dp // layout.ep}
+    sizes = {"tensor": layout.tp, "context": layout.cp, **data, "pipeline": layout.pp}
+    return Mesh.of({axis: size for axis, size in sizes.items() if size > 1 or axis in data})
 
 
-def hidden_shape(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
-    """Of what a rank hands to the next stage: hidden states of a micro-batch, cut along the sequence where they are."""
+def handed_on(spec: ModelSpec, layout: Layout) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """(shape, dtype) of what a rank hands to the next stage: hidden states of a micro-batch, cut along the sequence
+    where they are, and the sum of the balance losses of experts.
+    """
     cut = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    return layout.micro_batch, layout.seq // cut, spec.hidden
+    hidden = ((layout.micro_batch, layout.seq // cut, spec.hidden), layout.precision)
+    return (hidden,) if spec.experts is None else (hidden, ((1,), "fp32"))
 
 
 _DERIVED: Remembered[Trace] = Remembered(256)
@@ -196,8 +201,7 @@ def _fly(spec: ModelSpec, layout: Layout, rank: int, parts: tuple[tuple[Part, ..
             stage=StageToFly(
                 rank=rank,
                 blocks=sum(blocks for blocks, *_ in parts[rank]),
-                shape=hidden_shape(spec, layout),
-                dtype=layout.precision,
+                hands_on=handed_on(spec, layout),
                 tokens=layout.seq,
             ),
         )

@@ -51,18 +51,33 @@ MOST_TAKEN = 0.35
 DIGIT = 0.0065
 """Width of a digit as a share of a pipeline's picture."""
 
+LEAST_SHOWN = 0.002
+"""Causes with less than this share of the longest bar are too thin to be seen."""
+
 SMALLEST_LABEL = 0.045
 """Parts of a bar that are shorter than this share of the longest bar have no percentage."""
+
+
+PARALLEL = ("tp", "pp", "cp", "ep")
+DERIVED = {"dp", "accumulation"}
+"""Of a layout, what follows from the rest."""
 
 
 def differing(layouts: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells layouts apart, a line for each; all the same (or one alone) are told by their parallelism."""
     keys = [key for key in layouts[0] if any(layout[key] != layouts[0][key] for layout in layouts)]
     if not keys:
-        keys = ["gpus", *(key for key in ("tp", "pp", "cp", "ep", "zero") if layouts[0][key] > (key != "zero"))]
-    derived = {"dp", "accumulation", "global_batch"} if "gpus" in keys else set()
+        keys = ["gpus", *(key for key in (*PARALLEL, "zero") if layouts[0][key] > (key != "zero"))]
+    derived = DERIVED | ({"global_batch"} if "gpus" in keys else set())
     kept = [key for key in keys if key not in derived] or keys
-    return [", ".join(f"{key.replace('_', '-')} {layout[key]}" for key in kept) for layout in layouts]
+    return [_told(layout, kept) for layout in layouts]
+
+
+def _told(layout: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The values of these keys; what is not done (parallelism of one, an option that is off) only if it is all."""
+    done = [key for key in keys if layout[key] is not False and not (key in PARALLEL and layout[key] == 1)]
+    parts = ((key.replace("_", "-"), layout[key]) for key in done or keys)
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in parts)
 
 
 def plot_breakdown(results: Sequence[StepResult], path: Path) -> Path:
@@ -74,9 +89,9 @@ def plot_breakdown(results: Sequence[StepResult], path: Path) -> Path:
         left = [0.0] * len(results)
         for cause, colour in CAUSES.items():
             parts = [result.breakdown_s[cause] for result in results]
-            if not any(part > 1e-4 * longest for part in parts):
+            if not any(part > LEAST_SHOWN * longest for part in parts):
                 continue
-            axes.barh(names, parts, left=left, color=colour, height=0.62, label=cause.replace("_", " "))
+            axes.barh(range(len(names)), parts, left=left, color=colour, height=0.62, label=cause.replace("_", " "))
             for row, (part, start) in enumerate(zip(parts, left, strict=True)):
                 if part > SMALLEST_LABEL * longest:
                     share = f"{part / results[row].step_time_s:.0%}"
@@ -85,7 +100,8 @@ def plot_breakdown(results: Sequence[StepResult], path: Path) -> Path:
         for row, result in enumerate(results):
             total = f"  {time_name(result.step_time_s)}, MFU {result.mfu:.0%}" + ("" if result.fits else ", too large")
             axes.text(left[row], row, total, va="center", fontsize=9)
-        axes.set_xlim(0, 1.24 * longest)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(0, 1.32 * longest)
         axes.invert_yaxis()
         layouts = [result.layout for result in results]
         places = " on ".join(layouts[0][key] for key in ("model", "cluster") if len({one[key] for one in layouts}) == 1)

@@ -82,6 +82,7 @@ def simulate(
         tokens_per_step=layout.global_batch * layout.seq,
         layout=asdict(layout),
         fidelity=layout.fidelity,
+        expandable_segments=layout.expandable_segments,
         fusion=layout.fusion,
         overlap=layout.overlap,
         since=began,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from .demo import Demo
     from .judgement import StageResult
+    from .remedies import Remedy
     from .verify import Verification
 
 GIGA = 1e9
@@ -94,6 +95,31 @@ def memory_table(result: StepResult) -> "Table":
     """Peak memory by category."""
     rows = [(name, f"{nbytes / GIGA:.2f}") for name, nbytes in result.peak_memory_bytes.items()]
     return table("memory of the fullest GPU at its peak", ("category", "GB"), rows)
+
+
+def overflow(result: StepResult, remedies: Sequence["Remedy"], *, searched: bool) -> list[str]:
+    """What does not fit, and what would help, in lines.
+
+    Args:
+        searched: whether remedies were looked for.
+    """
+    excess = result.first_to_exceed
+    assert excess is not None
+    place = [excess.phase]
+    place += [f"micro-batch {excess.micro_batch}"] if excess.micro_batch is not None else []
+    place += [f"block {excess.block}"] if excess.block is not None else []
+    live = ", ".join(f"{name} {nbytes / GIGA:.1f}" for name, nbytes in excess.live_bytes.items() if nbytes)
+    lines = [
+        f"does not fit: {excess.op} asks for {excess.requested_bytes / GIGA:.2f} GB ({excess.category}) in"
+        f" {', '.join(place)}, where {excess.reserved_bytes / GIGA:.1f} of {excess.limit_bytes / GIGA:.1f} GB are held",
+        f"in use then, in GB: {live}",
+    ]
+    lines += [
+        f"it fits with {remedy.change}: {seconds(remedy.step_time_s)} per step ({remedy.relative_step_time:.2f} times"
+        f" this one), {remedy.reserved_bytes / GIGA:.1f} GB held"
+        for remedy in remedies
+    ]
+    return lines if remedies or not searched else [*lines, "no remedy was found that fits: use more or larger GPUs"]
 
 
 def verification_table(verification: "Verification") -> "Table":

@@ -20,11 +20,15 @@ flows       max-min fair rates of flows that share links
 groups      the groups of an axis played at the same time
 messages    the messages of a collective as arrays: who sends what to whom, in which step
 program     plays collective programs on simpy: every message a flow that shares links with the others
-memory      bytes in use through the step, by category, in the order of the program
+storages    when the storages of a trace come and go, in the order of the program
+allocator   PyTorch's caching allocator of device memory: segments, blocks, the best fit, what goes back
+framework   what a process takes outside of the allocator: the context, buffers of communicators
+memory      bytes in use through the step, by category, what the allocator holds for them, the first request too many
+stage_memory  bytes in use on a pipeline rank: its flight played in the order of the plan
 streams     a device's streams as simpy processes, and how they disturb each other
+remembered  results that belong to a large value, found again by its identity
 replay      a trace played on a cluster: overlap, waits, what is exposed
 pipeline    a step of a pipeline composed from the prices of its stages: compute, exposed messages, bubble
-remembered  results that belong to a large value, found again by its identity
 timetable   when everything in a pipeline plan takes place, in one pass without a clock
 stages      what the ranks of a pipeline cost, from their flights, and the step that they make
 timeline    what ran when, as a Perfetto file

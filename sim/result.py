@@ -8,7 +8,7 @@ from typing import Any
 
 from ..collectives.trace import Trace
 from .hardware import Cluster
-from .memory import Memory, replay_memory
+from .memory import Excess, Memory, replay_memory
 from .replay import Replay, replay
 
 BACKWARD_OVER_FORWARD = 2
@@ -30,7 +30,8 @@ class StepResult:
         communication_s: of the same rank, by axis: {exposed_s, hidden_s}, as in Replay.
         peak_memory_bytes: by category at the peak, their `total`, what the allocator has `reserved`, and what the
             `framework` takes besides.
-        fits: reserved + framework <= capacity.
+        fits: reserved + framework <= capacity, cached memory given back where more is asked for than is left.
+        first_to_exceed: the first request that does not fit; None if all do.
         bytes_sent_per_gpu: per step: total, max over the ranks, by_axis.
         model_state_bytes: parameters, gradients and optimizer values between steps, on the device.
         offloaded_bytes_per_node: what rests off the devices of a node, by tier ("host", "nvme").
@@ -48,6 +49,7 @@ class StepResult:
     communication_s: Mapping[str, Mapping[str, float]]
     peak_memory_bytes: Mapping[str, int]
     fits: bool
+    first_to_exceed: Excess | None
     bytes_sent_per_gpu: Mapping[str, Any]
     model_state_bytes: int
     offloaded_bytes_per_node: Mapping[str, int]
@@ -64,6 +66,7 @@ def price(
     tokens_per_step: int,
     layout: Mapping[str, Any],
     fidelity: str = "closed_form",
+    expandable_segments: bool = False,
     fusion: str = "none",
     overlap: bool = True,
     since: float | None = None,
@@ -74,11 +77,12 @@ def price(
         precision: dtype whose peak the utilisation is measured against.
         tokens_per_step: of the whole job.
         fidelity, fusion, overlap: as for `replay`; what is kept in memory does not depend on them.
+        expandable_segments: of the CUDA allocator (PYTORCH_CUDA_ALLOC_CONF).
         since: `perf_counter` when the work on this answer began, if that was before now.
     """
     began = perf_counter() if since is None else since
     step = replay(trace, cluster, fidelity=fidelity, fusion=fusion, overlap=overlap)
-    memory = replay_memory(trace, cluster.processor)
+    memory = replay_memory(trace, cluster.processor, expandable_segments=expandable_segments)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * step.forward_flops
     tflops = model_flops / step.step_time_s / 1e12
     return StepResult(
@@ -89,8 +93,9 @@ def price(
         mfu=tflops * 1e12 / cluster.processor.peak_flops[precision],
         breakdown_s=step.breakdown_s,
         communication_s=step.communication_s,
-        peak_memory_bytes=_peak(memory, cluster),
-        fits=memory.reserved_bytes + cluster.processor.framework_bytes <= cluster.processor.memory_bytes,
+        peak_memory_bytes=peak_memory(memory),
+        fits=memory.excess is None,
+        first_to_exceed=memory.excess,
         bytes_sent_per_gpu=_sent(step),
         model_state_bytes=sum(memory.state.values()),
         offloaded_bytes_per_node={
@@ -103,12 +108,13 @@ def price(
     )
 
 
-def _peak(memory: Memory, cluster: Cluster) -> dict[str, int]:
+def peak_memory(memory: Memory) -> dict[str, int]:
+    """As `StepResult` has it."""
     return {
         **memory.peak,
         "total": memory.total_bytes,
         "reserved": memory.reserved_bytes,
-        "framework": cluster.processor.framework_bytes,
+        "framework": memory.framework_bytes,
     }
 
 

@@ -12,15 +12,16 @@ from time import perf_counter
 from typing import Any
 
 from ..collectives.groups import Mesh, tiers_along
-from ..collectives.pipeline import FORWARD, UPDATE, Action, Plan, kept, phase_name, sent_messages
-from ..collectives.pipeline_schedules import schedule
+from ..collectives.pipeline import UPDATE, Action, Plan, phase_name, sent_messages
 from ..collectives.trace import Trace
+from .framework import framework_bytes
 from .hardware import Cluster
-from .memory import Memory, replay_memory
+from .memory import Memory
 from .pipeline import ActionPrice, LinkSeconds, PipelineStep, StagePrice, compose
 from .remembered import Remembered
 from .replay import Replay, flops, replay, sent_bytes_by_axis
-from .result import BACKWARD_OVER_FORWARD, StepResult
+from .result import BACKWARD_OVER_FORWARD, StepResult, peak_memory
+from .stage_memory import StageFlight, hungriest, rank_memory, read_flight
 from .topology import topology
 
 
@@ -30,15 +31,13 @@ class Stage:
 
     Attributes:
         replay: of the flight, whose sums are of a whole step.
-        memory: with one micro-batch in flight.
-        resting: bytes by category between steps.
-        kept_bytes: by chunk, what a forward leaves behind until its backward has ended.
+        flight: what it takes and gives back of memory.
+        framework_bytes: that its process takes outside of the allocator.
     """
 
     replay: Replay
-    memory: Memory
-    resting: Mapping[str, int]
-    kept_bytes: tuple[int, ...]
+    flight: StageFlight
+    framework_bytes: int
 
     def seconds(self, action: Action, micro_batches: int) -> Mapping[str, float]:
         """By cause, of an action in a step of so many micro-batches."""
@@ -72,7 +71,9 @@ class Stage:
 _REPLAYS: Remembered[Replay] = Remembered(256)
 """Steps of other numbers of micro-batches are made of the same flights."""
 
-_MEMORIES: Remembered[dict[str, Any]] = Remembered(256)
+_FLIGHTS: Remembered[StageFlight] = Remembered(256)
+_MEMORIES: Remembered[Memory] = Remembered(256)
+"""Layouts that differ in what memory does not ask for are played once."""
 
 
 def price_stage(
@@ -99,61 +100,39 @@ def price_stage(
             forward_flops=flops(counted, forward_only=True),
             executed_flops=flops(counted, forward_only=False),
         ),
-        **_MEMORIES.of(
-            trace.segments,  # which traces of the same flight in other meshes have in common
-            (trace.phases, cluster.processor, plan.chunks),
-            lambda: {
-                "memory": replay_memory(trace, cluster.processor),
-                "resting": _left(trace, cluster, 0),
-                "kept_bytes": tuple(_kept(trace, cluster, chunk) for chunk in range(plan.chunks)),
-            },
-        ),
+        # Traces of the same flight in other meshes have their segments in common.
+        flight=_FLIGHTS.of(trace.segments, (trace.phases, plan.chunks), lambda: read_flight(trace, plan.chunks)),
+        framework_bytes=framework_bytes(trace, cluster.processor),
     )
 
 
-def _kept(trace: Trace, cluster: Cluster, chunk: int) -> int:
-    """Bytes that a forward of the last micro-batch leaves behind."""
-    steady = [phase.name for phase in trace.phases if phase.step == 2]
-    number = steady.index(phase_name(Action(FORWARD, chunk, 0), 1))
-    return sum(_left(trace, cluster, number + 1).values()) - sum(_left(trace, cluster, number).values())
+def stage_memories(
+    plan: Plan, stages: Sequence[Stage], cluster: Cluster, message_bytes: int, *, expandable_segments: bool = False
+) -> list[Memory]:
+    """Of each distinct stage, what the rank uses that keeps most in flight; arguments as for `price_pipeline`."""
+    ranks: dict[int, list[int]] = {}
+    for rank, stage in enumerate(stages):
+        ranks.setdefault(id(stage.flight), []).append(rank)
+    named = (plan.schedule, plan.ranks, plan.micro_batches, plan.chunks)  # which is all that tells plans apart
 
+    def of(alike: list[int]) -> Memory:
+        stage, processor = stages[alike[0]], cluster.processor
 
-def _left(trace: Trace, cluster: Cluster, phases: int) -> Mapping[str, int]:
-    """Bytes by category after so many phases of the steady step."""
-    steady = next(number for number, phase in enumerate(trace.phases) if phase.step == 2)
-    return replay_memory(replace(trace, phases=trace.phases[: steady + phases]), cluster.processor).left
+        def play() -> Memory:
+            return rank_memory(
+                plan,
+                hungriest(plan, alike, stage.flight, message_bytes),
+                stage.flight,
+                processor,
+                message_bytes,
+                framework_bytes=stage.framework_bytes,
+                expandable_segments=expandable_segments,
+            )
 
+        asked = (named, tuple(alike), processor, message_bytes, stage.framework_bytes, expandable_segments)
+        return _MEMORIES.of(stage.flight, asked, play)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankMemory:
-    """The most memory of a pipeline rank: by category, and what the allocator reserves."""
-
-    peak: dict[str, int]
-    reserved_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.peak.values())
-
-
-def rank_memory(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> RankMemory:
-    """The flight's peak, with as many activations besides as the plan keeps at most.
-
-    What a chunk has received of a micro-batch is kept as long as its activations. A schedule without a flush keeps
-    older versions of the parameters besides. That the hungriest chunk is at its peak when most is in flight is an upper
-    bound, and exact where chunks are alike.
-    """
-    received = (message_bytes * (plan.stage(rank, chunk) > 0) for chunk in range(plan.chunks))
-    kept_bytes = [own + other for own, other in zip(stage.kept_bytes, received, strict=True)]
-    most, now = 0, 0
-    for action in plan.actions(rank):
-        now += kept(action) * kept_bytes[action.chunk]
-        most = max(most, now)
-    peak = dict(stage.memory.peak)
-    peak["activations"] += max(0, most - max(kept_bytes))
-    peak["parameters"] += (schedule(plan.schedule).weight_versions - 1) * stage.resting["parameters"]
-    rounding = stage.memory.reserved_bytes / stage.memory.total_bytes
-    return RankMemory(peak=peak, reserved_bytes=round(sum(peak.values()) * rounding))
+    return [of(alike) for alike in ranks.values()]
 
 
 def price_pipeline(
@@ -166,6 +145,7 @@ def price_pipeline(
     precision: str,
     tokens_per_step: int,
     layout: Mapping[str, Any],
+    expandable_segments: bool = False,
     since: float | None = None,
     step: PipelineStep | None = None,
 ) -> StepResult:
@@ -176,12 +156,12 @@ def price_pipeline(
         stages: by pipeline rank.
         mesh: of the whole job, with an axis "pipeline".
         message_bytes: what a rank sends of a micro-batch to the next stage, and back.
-        precision, tokens_per_step, layout, since: as for `price`.
+        precision, tokens_per_step, layout, expandable_segments, since: as for `price`.
         step: what the stages make of the plan, if it is known.
     """
     began = perf_counter() if since is None else since
     step = step or compose_stages(plan, stages, cluster, mesh, message_bytes)
-    memories = [rank_memory(plan, rank, stage, message_bytes) for rank, stage in enumerate(stages)]
+    memories = stage_memories(plan, stages, cluster, message_bytes, expandable_segments=expandable_segments)
     memory = max(memories, key=lambda one: one.total_bytes)
     model_flops = (1 + BACKWARD_OVER_FORWARD) * sum(stage.replay.forward_flops for stage in stages) / plan.ranks
     executed_flops = sum(stage.replay.executed_flops for stage in stages) / plan.ranks
@@ -197,20 +177,16 @@ def price_pipeline(
         communication_s=_communication(
             plan, step, stages, link_seconds(cluster, mesh, message_bytes)("activation", 0, 1)
         ),
-        peak_memory_bytes={
-            **memory.peak,
-            "total": memory.total_bytes,
-            "reserved": memory.reserved_bytes,
-            "framework": processor.framework_bytes,
-        },
-        fits=max(one.reserved_bytes for one in memories) + processor.framework_bytes <= processor.memory_bytes,
+        peak_memory_bytes=peak_memory(memory),
+        fits=all(one.excess is None for one in memories),
+        first_to_exceed=next((one.excess for one in memories if one.excess is not None), None),
         bytes_sent_per_gpu={
             "total": round(sum(sum(one.values()) for one in sent) / plan.ranks),
             "max": max(sum(one.values()) for one in sent),
             "by_axis": {axis: round(nbytes / plan.ranks) for axis, nbytes in sum(sent, Counter()).items()},
         },
-        model_state_bytes=max(sum(stage.memory.state.values()) for stage in stages),
-        offloaded_bytes_per_node=_offloaded(stages, cluster, mesh),
+        model_state_bytes=max(sum(one.state.values()) for one in memories),
+        offloaded_bytes_per_node=_offloaded(memories, cluster, mesh),
         wall_s=perf_counter() - began,
         events=step.events + sum(stage.replay.events for stage in {id(each): each for each in stages}.values()),
         layout={**layout, "gpus": mesh.world},
@@ -304,8 +280,7 @@ def sent_by_axis(plan: Plan, rank: int, stage: Stage, message_bytes: int) -> Cou
     return sent
 
 
-def _offloaded(stages: Sequence[Stage], cluster: Cluster, mesh: Mesh) -> dict[str, int]:
+def _offloaded(memories: Sequence[Memory], cluster: Cluster, mesh: Mesh) -> dict[str, int]:
     """Bytes off the devices of the fullest node, by tier."""
-    tiers = stages[0].memory.elsewhere
     ranks = min(cluster.gpus_per_node, mesh.world)
-    return {tier: ranks * max(stage.memory.elsewhere[tier] for stage in stages) for tier in tiers}
+    return {tier: ranks * max(one.elsewhere[tier] for one in memories) for tier in memories[0].elsewhere}

@@ -17,8 +17,8 @@ from windtunnel.sim.hardware import cluster_names, fabric_names, load_cluster, p
 
 STEP = {
     "step_time_s", "tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu", "mfu", "breakdown_s",
-    "communication_s", "peak_memory_bytes", "fits", "bytes_sent_per_gpu", "offloaded_bytes_per_node", "wall_s",
-    "events", "layout",
+    "communication_s", "peak_memory_bytes", "fits", "first_to_exceed", "remedies", "bytes_sent_per_gpu",
+    "offloaded_bytes_per_node", "wall_s", "events", "layout",
 }  # fmt: skip
 """Fields of `simulate --json` (docs/contract.md)."""
 
@@ -135,9 +135,13 @@ def test_simulate_keeps_the_contract(command: Command) -> None:
 
 
 def test_what_does_not_fit_is_an_answer_too(command: Command) -> None:
-    answer = command("simulate", "--model", "gpt3-13b", "--cluster", "dgx-a100", "--gpus", "1", "--json")
+    answer = command(
+        "simulate", "--model", "gpt3-13b", "--cluster", "dgx-a100", "--gpus", "1", "--no-remedies", "--json"
+    )
     assert answer.code == 0
-    assert json.loads(answer.out)["fits"] is False
+    step = json.loads(answer.out)
+    assert (step["fits"], step["remedies"]) == (False, [])
+    assert step["first_to_exceed"]["phase"] == "initialize"
 
 
 def test_several_sizes_give_a_table_a_csv_and_a_plot(command: Command, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hand_made import PROCESSOR, kernel, steps_of
 from hypothesis import given
 from hypothesis import strategies as st
 from windtunnel.collectives.trace import CATEGORIES, Alloc, Call, Free, Op, Phase, Ref, Trace
-from windtunnel.sim.memory import MOST_REPEATS, SEGMENT_BYTES, SMALL_BYTES, Memory, replay_memory
+from windtunnel.sim.memory import Excess, Memory, memory_timeline, replay_memory
+from windtunnel.sim.storages import MOST_REPEATS
 
 STATE = ("parameters", "gradients", "optimizer")
 
@@ -61,22 +62,124 @@ def test_sizes_are_rounded_as_the_allocator_does() -> None:
     assert peak_of(memory) == {"activations": 512, "buffers": 1024}
 
 
+MIB = 1 << 20
+
+
 @pytest.mark.parametrize(
-    ("sizes", "reserved"),
+    ("sizes", "reserved", "segments"),
     [
-        ((1,), SEGMENT_BYTES),
-        ((SMALL_BYTES, SMALL_BYTES), SEGMENT_BYTES),
-        ((SMALL_BYTES, SMALL_BYTES, 1), 2 * SEGMENT_BYTES),
-        ((SMALL_BYTES + 1,), SEGMENT_BYTES),
-        ((SMALL_BYTES + 1, 1), 2 * SEGMENT_BYTES),
-        ((SEGMENT_BYTES + 1,), 2 * SEGMENT_BYTES),
+        ((1,), 2 * MIB, 1),
+        ((MIB, MIB), 2 * MIB, 1),
+        ((MIB, MIB, 1), 4 * MIB, 2),
+        ((MIB + 1,), 20 * MIB, 1),
+        ((MIB + 1, 1), 22 * MIB, 2),
+        ((20 * MIB + 1,), 22 * MIB, 1),
     ],
 )
-def test_a_gpu_reserves_whole_segments(sizes: tuple[int, ...], reserved: int) -> None:
+def test_a_gpu_reserves_whole_segments(sizes: tuple[int, ...], reserved: int, segments: int) -> None:
     ops = [Alloc(size, "activations") for size in sizes] + [free(number) for number in range(len(sizes))]
-    assert replay_memory(steps_of(*ops), PROCESSOR).reserved_bytes == reserved
-    on_cpu = replay_memory(steps_of(*ops), replace(PROCESSOR, kind="cpu"))
-    assert on_cpu.reserved_bytes == on_cpu.total_bytes == sum(sizes)
+    gpu = replace(PROCESSOR, memory_bytes=1 << 40)
+    memory = replay_memory(steps_of(*ops), gpu)
+    assert (memory.reserved_bytes, memory.segments) == (reserved, segments)
+    assert memory.fragmentation_bytes == reserved - sum(sizes)
+    assert memory.excess is None
+    on_cpu = replay_memory(steps_of(*ops), replace(gpu, kind="cpu"))
+    assert on_cpu.reserved_bytes == on_cpu.total_bytes == on_cpu.allocated_bytes == sum(sizes)
+
+
+def test_what_the_building_of_the_model_took_went_back() -> None:
+    """100 MiB were used to build; of the 40 MiB that stay, the step takes 30 more."""
+    segments = (
+        (Alloc(100 * MIB, "parameters"), Alloc(40 * MIB, "parameters"), free(0, key="initialize")),
+        (Alloc(30 * MIB, "activations"), free(0)),
+    )
+    phases = (Phase("initialize", 0, (Call(0, "initialize", -1),)), Phase("update", 1, (Call(1, "forward", -1),)))
+    memory = replay_memory(Trace({"data": 2}, 0, segments, phases), replace(PROCESSOR, memory_bytes=1 << 40))
+    assert memory.reserved_bytes == memory.total_bytes == 70 * MIB
+
+
+def test_the_first_request_too_many() -> None:
+    micro_step = (
+        Alloc(30 * MIB, "activations"),
+        kernel(1, "linear"),
+        Alloc(20 * MIB, "temporary"),
+        kernel(1, "softmax"),
+        free(2),
+        Alloc(40 * MIB, "activations"),
+        kernel(1, "gelu"),
+        free(5),
+        free(0),
+    )
+    update = (Alloc(90 * MIB, "temporary"), kernel(1, "addcdiv"), free(0, key="update"))
+    phases = (
+        Phase("micro-step first", 1, (Call(0, "forward", 3),)),
+        Phase("micro-step middle", 1, (Call(0, "forward", 3),), repeat=4),
+        Phase("micro-step last", 1, (Call(0, "forward", 3),)),
+        Phase("update", 1, (Call(1, "update", -1),)),
+    )
+    trace = Trace({"data": 2}, 4, (micro_step, update), phases)
+
+    def excess(limit: int) -> Excess | None:
+        return replay_memory(trace, replace(PROCESSOR, memory_bytes=limit + 5, framework_bytes=5)).excess
+
+    # 30 and 20 are held; 40 do not fit in the 20 that come back, which go to the device for them.
+    assert excess(90 * MIB) is None
+    assert excess(70 * MIB - 1) == Excess(
+        phase="micro-step first",
+        micro_batch=0,
+        block=3,
+        segment="forward",
+        op="gelu",
+        category="activations",
+        requested_bytes=40 * MIB,
+        live_bytes={**dict.fromkeys(CATEGORIES, 0), "activations": 30 * MIB},
+        reserved_bytes=30 * MIB,
+        limit_bytes=70 * MIB - 1,
+    )
+    in_update = excess(90 * MIB - 1)
+    assert in_update is not None
+    assert (in_update.phase, in_update.micro_batch, in_update.block) == ("update", None, None)
+    assert (in_update.op, in_update.reserved_bytes) == ("addcdiv", 0)
+    on_cpu = replay_memory(trace, replace(PROCESSOR, kind="cpu", memory_bytes=70 * MIB - 1)).excess
+    assert on_cpu is not None
+    assert (on_cpu.op, on_cpu.reserved_bytes) == ("gelu", 30 * MIB)
+
+
+@pytest.mark.parametrize(("name", "number"), [("first", 0), ("middle", 1), ("last", 5)])
+def test_the_micro_batch_of_the_first_request_too_many(name: str, number: int) -> None:
+    def micro_step(nbytes: int) -> tuple[Op, ...]:
+        return Alloc(nbytes, "activations"), kernel(1), free(0)
+
+    repeats = {"first": 1, "middle": 4, "last": 1}
+    segments = tuple(micro_step(200 if name == each else 100) for each in repeats)
+    phases = tuple(
+        Phase(f"micro-step {each}", 1, (Call(place, "forward", -1),), repeats[each])
+        for place, each in enumerate(repeats)
+    )
+    trace = Trace({"data": 2}, 0, segments, phases)
+    excess = replay_memory(trace, replace(PROCESSOR, kind="cpu", memory_bytes=150)).excess
+    assert excess is not None
+    assert (excess.phase, excess.micro_batch, excess.requested_bytes) == (f"micro-step {name}", number, 200)
+
+
+def test_what_training_begins_with_may_be_too_much() -> None:
+    segments = ((Alloc(100, "parameters"),), (Alloc(30, "activations"), free(0)))
+    phases = (Phase("initialize", 0, (Call(0, "initialize", -1),)), Phase("update", 1, (Call(1, "forward", -1),)))
+    excess = replay_memory(Trace({"data": 2}, 0, segments, phases), PROCESSOR).excess  # of a segment of 2 MiB
+    assert excess is not None
+    assert (excess.phase, excess.requested_bytes, excess.live_bytes["parameters"]) == ("initialize", 0, 100)
+
+
+def test_the_course_of_the_bytes() -> None:
+    ops = (Alloc(10, "parameters"), Alloc(4, "counters"), kernel(1), Alloc(5, "activations"), free(3))
+    trace = Trace({"data": 2}, 0, (ops,), (Phase("micro-step last", 1, (Call(0, "forward", -1),)),))
+    course = memory_timeline(replay_memory(trace, PROCESSOR))
+    assert course.ops == (1, 2, 4, 5)
+    assert course.bytes_by_category["parameters"] == (10, 10, 10, 10)
+    assert course.bytes_by_category["optimizer"] == (0, 4, 4, 4)
+    assert course.bytes_by_category["activations"] == (0, 0, 5, 0)
+    assert set(course.bytes_by_category) == set(CATEGORIES)
+    assert course.marks == ((1, "micro-step last"),)
 
 
 @pytest.mark.parametrize(
@@ -156,4 +259,8 @@ def test_the_walk_agrees_with_counting_live_storages_after_each_op(ops: list[Op]
         assert memory.peak[name] == total(peak, name, *(["counters"] if name == "optimizer" else []))
     assert memory.state == {name: total(instants[-1], name) for name in STATE}
     assert memory.total_bytes >= sum(memory.state.values())
-    assert memory.reserved_bytes >= memory.total_bytes
+    assert memory.reserved_bytes >= memory.allocated_bytes >= memory.total_bytes
+    course = memory_timeline(memory)
+    assert [sum(column) for column in zip(*course.bytes_by_category.values(), strict=True)] == [
+        total for _, total in memory.events
+    ]

@@ -31,6 +31,7 @@ EXACT = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
 }
 
 # Billions as the tables print them: Narayanan et al. 2021 Table 1, Shoeybi et al. 2019 Table 1, Megatron-LM's README of

@@ -42,7 +42,10 @@ def test_layouts_are_told_by_what_tells_them_apart() -> None:
     assert differing([one]) == ["gpus 8, zero 3"]
     assert differing([one, {**one, "zero": 1}]) == ["zero 3", "zero 1"]
     assert differing([one, {**one, "gpus": 16, "dp": 16, "global_batch": 16}]) == ["gpus 8", "gpus 16"]
-    assert differing([one, {**one, "tp": 2, "dp": 4}]) == ["dp 8, tp 1", "dp 4, tp 2"]
+    assert differing([one, {**one, "tp": 2, "dp": 4}]) == ["tp 1", "tp 2"]
+    quiet = {**one, "sequence_parallel": False}
+    loud = {**quiet, "tp": 4, "dp": 2, "zero": 0, "sequence_parallel": True}
+    assert differing([quiet, loud]) == ["zero 3", "tp 4, zero 0, sequence-parallel"]
 
 
 def picture_of(capacity_bytes: int) -> MemoryPicture:

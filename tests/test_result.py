@@ -13,7 +13,8 @@ from windtunnel.sim.result import StepResult, price
 
 CONTRACT = {
     "step_time_s", "tokens_per_s", "tflops_per_gpu", "hardware_tflops_per_gpu", "mfu", "breakdown_s",
-    "communication_s", "peak_memory_bytes", "fits", "bytes_sent_per_gpu", "offloaded_bytes_per_node", "wall_s",
+    "communication_s", "peak_memory_bytes", "fits", "first_to_exceed", "bytes_sent_per_gpu",
+    "offloaded_bytes_per_node", "wall_s",
     "events", "layout",
 }  # fmt: skip
 """Fields of `simulate --json` (docs/contract.md)."""

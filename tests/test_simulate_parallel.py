@@ -138,6 +138,18 @@ def test_long_sequences_are_shared() -> None:
     assert shared.bytes_sent_per_gpu["by_axis"]["context"] > 0
 
 
+@pytest.mark.parametrize("axis", ["context", "expert"])
+def test_stages_are_ranks_that_share_sequences_or_experts(axis: str) -> None:
+    """In the mean over ranks a micro-batch is sent once: by the first stage forward, by the second one backward."""
+    shared: dict[str, Any] = {"cp": 2} if axis == "context" else {"ep": 2}
+    spec = replace(DEMO, layers=2) if axis == "context" else replace(DEMO, layers=2, experts=4, top_k=2)
+    found = step(spec, gpus=4, pp=2, global_batch=4, **shared)
+    hidden_bytes = 2 * DEMO.seq * DEMO.hidden
+    sent = {"context": 4 * hidden_bytes // 2, "expert": 2 * (hidden_bytes + 4)}[axis]
+    assert found.bytes_sent_per_gpu["by_axis"]["pipeline"] == sent
+    assert found.bytes_sent_per_gpu["by_axis"][axis] > 0
+
+
 def test_experts_are_spread() -> None:
     spec = replace(DEMO, layers=2, experts=4, top_k=2)
     here, spread = step(spec, gpus=4, global_batch=4), step(spec, gpus=4, ep=4, global_batch=4)
