@@ -110,8 +110,6 @@ def with_sample(
         refuse("seq", chosen.seq, f"{model.seq}, as in the sample batch of {model.name}; change it there")
     if chosen.attention not in (None, model.attention_kernel):
         refuse("attention", chosen.attention, f"to leave it out: {model.name} has an attention of its own")
-    if chosen.attention is not None:
-        refuse("attention", chosen.attention, f"leave it out: {model.name} computes attention as it was written")
     if chosen.micro_batch is not None:
         return chosen, config
     if config is None:
