@@ -15,7 +15,7 @@ PUBLISHED = Path(__file__).parent / "published"
 CLUSTERS = {"A100-SXM4-80GB": "dgx-a100"}
 """The catalogue's name of a cluster of such GPUs, eight in a node with a NIC for each."""
 
-RECOMPUTE = {"none": "none", "full": "full", "selective (attention core only)": "selective"}
+RECOMPUTE = {"none": "none", "full": "full", "selective (attention core only)": "attention"}
 """As the CSV files have it, and as the option has it."""
 
 GPT: dict[str, Any] = {
@@ -25,8 +25,10 @@ GPT: dict[str, Any] = {
     "attention": "causal",
     "tied": True,
     "bias": True,
+    "dropout": 0.1,
+    "attention_kernel": "plain",
 }
-"""What all GPTs of these papers have in common."""
+"""What all GPTs of these papers have in common; they are older than fused attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
