@@ -34,6 +34,7 @@ stages      what the ranks of a pipeline cost, from their flights, and the step 
 timeline    what ran when, as a Perfetto file
 failures    how often a job is interrupted, how often it should save, what share of its time is progress
 result      what a simulation says: time, breakdown, memory, traffic
+runs        which run of a segment a reference means, where a phase is played more often than flown
 recording   a recorded replay op by op: its spans, what waits for what, memory over time
 pipeline_timeline  a pipelined step as a timeline: actions, messages, the streams inside
 job         a whole job priced and recorded from its traces

@@ -4,7 +4,7 @@ The host walks the trace in program order and only ever waits where the program 
 device as on CUDA; overlap and exposed communication come out of that instead of being assumed.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from .fusion import fuse
 from .hardware import Cluster
 from .kernel import kernel_seconds
 from .network import collective_seconds, sent_bytes
+from .runs import Runs
 from .streams import Busy, CommunicationStream, ComputeStream, Interference, Run, Span
 from .topology import Topology, topology
 from .transfers import Transfers
@@ -150,7 +151,7 @@ class _Rank:
         self._skipped: Mark = defaultdict(float)
         self._late: dict[Event, tuple[str, Callable[[], object]]] = {}  # what waits for the end of backward
         self._updating: list[tuple[Event, str]] | None = None  # in an update: what it has started
-        self._runs: Counter[tuple[str, int]] = Counter()
+        self._runs = Runs()
         self._started: dict[tuple[str, int, int, int], tuple[Event, str | None]] = {}
         self._seconds: dict[Collective, float] = {}
         keys: dict[int, set[str]] = defaultdict(set)
@@ -211,6 +212,7 @@ class _Rank:
         ends: list[Mark] = []
         self.compute.mark(lambda: ends.append(self._clock()))
         for _ in range(min(phase.repeat, MOST_PLAYED)):
+            self._runs.play()
             if phase.name == UPDATE and not self.overlap:
                 self._begin_update()
             for call in phase.calls:
@@ -219,6 +221,7 @@ class _Rank:
             self.compute.mark(lambda: ends.append(self._clock()))
             if self.record:
                 self.compute.mark(partial(self._record_phase, phase.name))
+        self._runs.end()
         self.compute.mark(lambda: self.phases_s.append((phase, _between(*ends[-2:]))))
         left = phase.repeat - MOST_PLAYED
         if left > 0:
@@ -237,7 +240,7 @@ class _Rank:
             self._skipped[name] += times * seconds
 
     def _host_call(self, call: Call) -> ProcessGenerator:
-        self._runs[call.key, call.block] += 1
+        now = self._runs.begin(call.key, call.block)
         for position, op in self._prepared[call.segment]:
             match op:
                 case Run():
@@ -245,14 +248,14 @@ class _Rank:
                     if self._launch_s > 0:
                         yield self.env.timeout(len(op.kernels) * self._launch_s)
                 case Collective() | Copy() | HostWork():
-                    place = (call.key, call.block, self._runs[call.key, call.block], position)
-                    self._started[place] = self._start(op), op.axis if isinstance(op, Collective) else None
+                    axis = op.axis if isinstance(op, Collective) else None
+                    self._started[call.key, call.block, now, position] = self._start(op), axis
                 case Wait():
                     block = op.ref.block_from(call.block)
-                    run = self._runs[op.ref.key, block] - op.ref.age
                     if op.ref.key.startswith("initialize"):
                         continue  # long done: what precedes training takes no time
-                    done, axis = self._started[op.ref.key, block, run, op.ref.op]
+                    places = ((op.ref.key, block, run, op.ref.op) for run in self._runs.back(op.ref, block))
+                    done, axis = next(self._started[place] for place in places if place in self._started)
                     if done in self._late:
                         continue
                     if op.stream in ("compute", "program"):

@@ -278,7 +278,7 @@ CLUSTER = 'base = "dgx-a100"\nnodes = "four"\n'
         (("--gpus", "8", "--global-batch", "12"), ("global-batch = 12", "a multiple of micro-batch * dp = 1 * 8")),
         (("--micro-batch", "0"), ("micro-batch = 0", "an integer >= 1")),
         (("--seq", "100000"), ("seq = 100000", "at most")),
-        (("--recompute", "some"), ("recompute = some", "none, selective, full, budget")),
+        (("--recompute", "some"), ("recompute = some", "none, selective, attention, full, budget")),
         (("--precision", "fp8"), ("precision = fp8", "fp32, bf16, fp16")),
         (("--tokens", "-1"), ("tokens = -1", "> 0")),
         (("--gpus", "100000", "--fidelity", "events"), ("fidelity = 'events'", "allowed: 2,000,000")),

@@ -6,11 +6,12 @@ import pytest
 from hand_made import CLUSTER, cluster_with, gather, kernel, steps_of, two_steps, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from windtunnel.collectives.trace import Collective, Kernel, Op, Synchronize, Trace, Wait
+from windtunnel.collectives.trace import Collective, Kernel, Op, Ref, Synchronize, Trace, Wait
 from windtunnel.engine.pilot import Plan, fly
 from windtunnel.experiments.models import load_model
 from windtunnel.sim.hardware import Cluster, load_cluster
 from windtunnel.sim.replay import ATTENTION_BACKWARD_SHARE, Replay, replay, sent_bytes_by_axis
+from windtunnel.sim.runs import Runs
 
 SYNC = Synchronize()
 
@@ -309,3 +310,38 @@ def test_a_cluster_twice_as_fast_takes_half_the_time(flown: Trace) -> None:
     slow = load_cluster("dgx-a100")
     halves, wholes = (replay(flown, faster(slow, factor, factor)).breakdown_s for factor in (2.0, 1.0))
     assert halves == pytest.approx({name: seconds / 2 for name, seconds in wholes.items()}, rel=ROUNDING)
+
+
+def test_ages_count_the_plays_of_a_phase_as_one() -> None:
+    """Flown: first, middle, last of two steps, a run of a segment each. Played: the middle twice."""
+    runs = Runs()
+    numbers = []
+    for plays in (1, 2, 1, 1, 2, 1):
+        for _ in range(plays):
+            runs.play()
+            numbers.append(runs.begin("backward", 0))
+        runs.end()
+    before_last, last = numbers[-2:]
+
+    def meant(age: int) -> list[int]:
+        return list(runs.back(Ref("backward", 0, False, age, 0), 0))
+
+    assert [meant(age) for age in range(4)] == [[last] * 2, [before_last] * 2, [numbers[4]] * 2, [numbers[3]] * 2]
+
+
+def test_ages_inside_a_phase_that_is_played_again() -> None:
+    runs = Runs()
+    first, middle, again = (begin(runs) for begin in (_phase, _play, _play))
+    assert list(runs.back(Ref("backward", 0, False, 1, 0), 0)) == [middle, first]
+    assert list(runs.back(Ref("backward", 0, False, 0, 0), 0)) == [again, again]
+
+
+def _play(runs: Runs) -> int:
+    runs.play()
+    return runs.begin("backward", 0)
+
+
+def _phase(runs: Runs) -> int:
+    number = _play(runs)
+    runs.end()
+    return number
