@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from ..sim.attention import with_first_flash_attention
 from ..sim.hardware import Cluster, load_cluster, load_processor
 from .models import ModelSpec
 
@@ -28,6 +29,7 @@ class Software:
 
     Attributes:
         attention: "plain" before fused attention was in use, see models.py.
+        flash: which FlashAttention it was, where it was fused.
         dropout: rate in training.
         overlap: gradients are reduced while backward runs.
         gradients: dtype in which they are added up and reduced; None for that of the parameters.
@@ -44,6 +46,7 @@ class Software:
     clip: float = 1.0
     padded: bool = False
     fusion: Literal["none", "elementwise"] = "none"
+    flash: Literal[1, 2] = 2
     why: str
 
 
@@ -92,7 +95,14 @@ SOFTWARE: tuple[tuple[str, Software], ...] = (
     ),
     (
         "Composer FSDP",
-        Software(attention="fused", dropout=0.0, overlap=True, why="llm-foundry's yamls: flash attention, no dropout"),
+        Software(
+            attention="fused",
+            dropout=0.0,
+            overlap=True,
+            flash=1,
+            why="llm-foundry's yamls: no dropout; submit_benchmarks.py: attn_impl triton on torch 1.13.1, which is the"
+            " first FlashAttention in Triton",
+        ),
     ),
     (
         "InternEvo",
@@ -175,10 +185,12 @@ def read_job(row: Row) -> Job:
     missing = [name for name in NEEDED if not row.get(name)]
     if missing:
         raise ExcludedError(f"not stated: {', '.join(missing)}")
-    software = software_of(row["framework"])
+    software, cluster = software_of(row["framework"]), cluster_of(row)
+    if software.flash == 1:
+        cluster = replace(cluster, processor=with_first_flash_attention(cluster.processor))
     return Job(
         spec=_spec(row, software),
-        cluster=cluster_of(row),
+        cluster=cluster,
         options=tuple(sorted(_options(row, software).items())),
     )
 
