@@ -32,7 +32,7 @@ def test_the_defaults_of_the_contract() -> None:
         "sequence_parallel": False, "recompute": "none", "recompute_budget": None, "offload": "none",
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
-        "attention": "fused", "overlap": True,
+        "attention": "fused", "overlap": True, "counts": "tokens", "expandable_segments": False,
     }  # fmt: skip
 
 

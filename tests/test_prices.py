@@ -36,6 +36,7 @@ def result(gpus: int, tokens_per_s: float) -> StepResult:
         communication_s={},
         peak_memory_bytes={},
         fits=True,
+        first_to_exceed=None,
         bytes_sent_per_gpu={},
         model_state_bytes=0,
         offloaded_bytes_per_node={},
@@ -204,6 +205,8 @@ def test_storage_has_a_unit_per_node() -> None:
 
 def test_every_entry_of_the_catalogue_is_listed_once() -> None:
     everything = list_hardware(None).entries
+    kernels = everything.pop("kernels")
+    assert len(kernels) == len({(kernel["name"], kernel["device"]) for kernel in kernels})
     names = [entry["name"] for group in everything.values() for entry in group]
     assert len(names) == len(set(names))
     assert set(everything) == {"gpus", "clusters", "fabrics", "failures"}
