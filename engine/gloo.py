@@ -237,6 +237,8 @@ class GlooCommunicator(Communicator):
             if self.owner:
                 dist.destroy_process_group(self.group)
                 self.owner = False
+                for holder in (self, self._mail, self.transport):  # its threads end with the last reference
+                    vars(holder).pop("group", None)
 
     def release_buffers(self) -> None:
         self.transport.release_buffers()

@@ -10,9 +10,11 @@ Hooks on the unit modules and on their parameters drive it, so any `nn.Module` w
 Where nothing is sharded, the same calls find nothing to do.
 """
 
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,8 +150,11 @@ class ZeroRuntime:
         for module in self._owners:
             module.register_forward_pre_hook(self._before_forward)
             module.register_forward_hook(self._after_forward)
+        # Such a hook lives where Python's collector does not look: a strong reference would keep the model, the engine
+        # and its groups' threads for ever.
+        ready = weakref.WeakMethod(self._gradient_ready)
         for parameter in self._unit_of:
-            parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+            parameter.register_post_accumulate_grad_hook(partial(_tell, ready))
         self.model.register_state_dict_pre_hook(lambda *_: self.settle())
 
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
@@ -469,3 +474,10 @@ class ZeroRuntime:
             for slot in unit.part.slots:
                 yield slot.name, slot.parameter.detach()
             unit.free()
+
+
+def _tell(hook: Callable[[], Callable[[nn.Parameter], None] | None], parameter: nn.Parameter) -> None:
+    """Call a runtime's hook, if the runtime is still there."""
+    call = hook()
+    if call is not None:
+        call(parameter)

@@ -1,5 +1,6 @@
 """Pipelines whose stages are several ranks that share sequences or experts: the same training as one process."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -137,3 +138,18 @@ def refused(rank: int, world: int) -> str:
 
 def test_layers_that_know_no_positions_are_refused(four_ranks: World) -> None:
     assert all("no layer of Sequential takes" in said for said in four_ranks.run(refused))
+
+
+def threads_left(rank: int, world: int, job: Job) -> int:
+    """How many threads more there are after a second engine than after a first."""
+    counts = []
+    for _ in range(2):
+        train(rank, world, job)
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux lists them")
+def test_an_engine_that_is_closed_leaves_no_threads(four_ranks: World) -> None:
+    """The groups of its axes end, although hooks of its parameters are out of the collector's sight."""
+    assert four_ranks.run(threads_left, Job((("tensor", 2),), stage=1, model="experts")) == [0] * 4
