@@ -50,7 +50,7 @@ def test_every_option_is_in_the_layout_as_resolved() -> None:
         "offload_to": "host", "precision": "bf16", "fidelity": "closed_form", "fusion": "none", "clip": 0.0,
         "slow_ranks": 0.0, "slow_factor": 1.0, "slow_seed": 0, "engine": "{}",
         "attention": "fused", "overlap": True,
-        "counts": "tokens",
+        "counts": "tokens", "expandable_segments": False,
     }  # fmt: skip
     assert set(result.layout) == set(Layout.__dataclass_fields__)
     assert result.tokens_per_s * result.step_time_s == pytest.approx(64 * DEMO.seq)
