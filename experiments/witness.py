@@ -6,6 +6,7 @@ resized storages; views are no blocks, and the CPU's allocator keeps no cache. W
 the profiler is not counted when it goes either, so a model must be built under it.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,8 +55,14 @@ class Allocations:
 
 def watch_allocations(run: Callable[[Mark], None]) -> Allocations:
     """Run something under the profiler, with all threads of this process, and say what was allocated on the CPU."""
+
+    def mark(name: str) -> record_function:
+        gc.collect()  # when Python collects cycles is chance
+        return record_function(MARK + name)
+
+    gc.collect()  # what an earlier run left must not be freed during this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(lambda name: record_function(MARK + name))
+        run(mark)
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     marks = {
         event.name().removeprefix(MARK): (event.start_ns(), event.start_ns() + event.duration_ns())

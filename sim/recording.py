@@ -5,7 +5,7 @@ compute stream, the n-th collective of an axis the n-th span of that axis, and s
 nothing but its spans.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..collectives.trace import CATEGORIES, Alloc, Collective, Copy, Free, HostWork, Kernel, Op, Trace, Wait
 from .fusion import fuse
 from .replay import MOST_PLAYED, Replay
+from .runs import Runs
 from .streams import Span
 
 BEFORE = -1
@@ -105,27 +106,35 @@ def played(trace: Trace, replay: Replay, fusion: str = "none") -> list[Played]:
         by_stream[span.stream].append(span)
     spans = defaultdict(lambda: iter(list[Span]()), {stream: iter(found) for stream, found in by_stream.items()})
     standing = _standing(trace, fusion)
-    runs: Counter[tuple[str, int]] = Counter()
-    made: dict[tuple[str, int, int], list[Played]] = {}
+    runs = Runs()
+    made: dict[int, list[Played]] = {}
     ops: list[Played] = []
     number = BEFORE
     for phase in trace.phases:
         for _ in range(min(phase.repeat, MOST_PLAYED)):
             number += phase.step > 0
+            runs.play()
             for call in phase.calls:
-                runs[call.key, call.block] += 1
-                here = made[call.key, call.block, runs[call.key, call.block]] = list[Played]()
+                here = made[runs.begin(call.key, call.block)] = list[Played]()
                 for position, op in enumerate(trace.segments[call.segment]):
                     target = None
                     if isinstance(op, Wait | Free):
-                        block = op.ref.block_from(call.block)
-                        target = made[op.ref.key, block, runs[op.ref.key, block] - op.ref.age][op.ref.op]
+                        meant = (made[run] for run in runs.back(op.ref, op.ref.block_from(call.block)))
+                        target = next(found for each in meant if (found := _target(each, op)) is not None)
                     stream = stream_of(op) if number != BEFORE and position in standing[call.segment] else None
                     here.append(
                         Played(number, call.key, op, next(spans[stream], None) if stream is not None else None, target)
                     )
                 ops += here
+        runs.end()
     return ops
+
+
+def _target(run: Sequence[Played], op: Wait | Free) -> Played | None:
+    """What an op refers to in a run, if the run has it."""
+    kinds = Alloc if isinstance(op, Free) else Collective | Copy | HostWork
+    found = run[op.ref.op] if op.ref.op < len(run) else None
+    return found if found is not None and isinstance(found.op, kinds) else None
 
 
 def _standing(trace: Trace, fusion: str) -> list[Collection[int]]:

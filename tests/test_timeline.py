@@ -63,7 +63,8 @@ def test_a_collective_that_nothing_waits_for_has_one_arrow() -> None:
 
 def test_a_wait_may_be_for_an_earlier_run() -> None:
     forward, backward = (kernel(1), gather(9)), (Wait(Ref("forward", 0, True, 1, 1)), kernel(1, "needs"))
-    result, seen = timeline(two_steps([("forward", forward, 2), ("backward", backward, 1)]), CLUSTER)
+    phases = [("forward", forward, 1), ("forward", forward, 1), ("backward", backward, 1)]
+    result, seen = timeline(two_steps(phases), CLUSTER)
     gathers = seen.spans["rank 0", "communication data"]
     waited = [source["ts"] for name, source, _ in seen.flows if name == "wait"]
     assert waited == [gathers[0]["ts"], gathers[2]["ts"]]
