@@ -161,7 +161,9 @@ def plot_memory(picture: MemoryPicture, path: Path) -> Path:
             axes.set_ylim(0, 1.08 * max(capacity, highest))
         else:
             axes.set_ylim(0, 1.15 * highest)
-            axes.text(0.99, 0.96, f"{said}, far above", transform=axes.transAxes, ha="right", color=MEASURED, fontsize=9)
+            axes.text(
+                0.99, 0.96, f"{said}, far above", transform=axes.transAxes, ha="right", color=MEASURED, fontsize=9
+            )
         axes.set_xlim(0, times[-1] * factor)
         axes.set(
             xlabel=f"time since the step began, {unit}{picture.note}", ylabel="GB of device memory", title=picture.title
