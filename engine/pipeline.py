@@ -62,8 +62,9 @@ class PipelineEngine(Engine):
         blocks = repeated_blocks(model) if units is None else list(units)
         drop_others(model, self._chunks)
         if settings.parallelism.sequence_parallel:
-            for chunk in self._chunks[self._chunks[0].first :]:
-                chunk.register_forward_pre_hook(self._draw_apart)
+            for chunk in self._chunks:
+                if not chunk.first:
+                    chunk.register_forward_pre_hook(self._draw_apart)
         taken: set[nn.Parameter] = set()
         runtimes = []
         for chunk in self._chunks:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from windtunnel.engine.engine import initialize
 from windtunnel.engine.pipeline import PipelineEngine
 from windtunnel.engine.world import World
+from windtunnel.experiments import transformer
 from windtunnel.experiments.models import ModelSpec
 from windtunnel.experiments.transformer import Transformer, initialize_weights
 
@@ -138,6 +140,42 @@ def refused(rank: int, world: int) -> str:
 
 def test_layers_that_know_no_positions_are_refused(four_ranks: World) -> None:
     assert all("no layer of Sequential takes" in said for said in four_ranks.run(refused))
+
+
+def drawn(rank: int, world: int, recompute: str) -> tuple[list[float], dict[str, Tensor], list[Tensor]]:
+    """(losses, parameters, what the first dropouts of a rank's forwards leave) with dropout in stages."""
+    masks: list[Tensor] = []
+    dropped = transformer.dropped
+
+    def seen(x: Tensor, rate: float) -> Tensor:
+        made = dropped(x, rate)
+        if rate:  # not when shapes are found, in evaluation mode
+            masks.append(made.detach() != 0)
+        return made
+
+    model = Transformer(replace(LONG, dropout=0.3))
+    initialize_weights(model, seed=3)
+    job = Job((("tensor", 2), ("sequence_parallel", True)), recompute=recompute)
+    engine, *_ = initialize(model.double(), config=job.config(1), timeout_s=20.0)
+    assert isinstance(engine, PipelineEngine)
+    with mock.patch.object(transformer, "dropped", seen):
+        losses = [engine.train_batch(micro_batches(step, 0, 1)).item() for step in range(STEPS)]
+    parameters = engine.full_parameters()
+    engine.close()
+    return losses, parameters, masks[:4]
+
+
+def test_dropout_between_regions_is_drawn_apart_and_again(four_ranks: World) -> None:
+    """Tensor ranks draw alike on whole sequences, apart on parts of them, in every stage; recomputation draws again."""
+    kept, again = (four_ranks.run(drawn, policy) for policy in ("none", "full"))
+    for (losses, parameters, _), (other_losses, others, _) in zip(kept, again, strict=True):
+        assert losses == pytest.approx(other_losses, rel=TOLERANCE)
+        for name, values in parameters.items():
+            assert float((others[name] - values).norm()) <= TOLERANCE * float(values.norm()), name
+    for one, other in ((0, 1), (2, 3)):  # the tensor ranks of a stage
+        pairs = list(zip(kept[one][2], kept[other][2], strict=True))
+        assert {a.shape[1] for a, _ in pairs} == ({SEQ, SEQ // 2} if one == 0 else {SEQ // 2})
+        assert all(torch.equal(a, b) == (a.shape[1] == SEQ) for a, b in pairs)
 
 
 def threads_left(rank: int, world: int, job: Job) -> int:
